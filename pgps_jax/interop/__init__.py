@@ -1,0 +1,1 @@
+"""Reading and writing what nnU-Net and MONAI write, without torch."""

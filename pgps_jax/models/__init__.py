@@ -1,0 +1,1 @@
+"""Networks as flax.nnx modules; they know nothing of training."""

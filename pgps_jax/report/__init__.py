@@ -1,0 +1,1 @@
+"""Run log, tables, plots and pages."""

@@ -1,0 +1,1 @@
+"""Loss, augmentation, optimiser and the training loop."""

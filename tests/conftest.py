@@ -1,0 +1,45 @@
+"""Where tests find the peers' numbers and real data. What is absent is skipped with a message, never silently."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Reader of tests/golden: golden("loss/dc_ce_batchdice_true") -> (arrays, sidecar)."""
+
+    def read(name: str) -> tuple[dict[str, np.ndarray], dict]:
+        sidecar = json.loads((GOLDEN / f"{name}.json").read_text())
+        arrays = GOLDEN / f"{name}.npz"
+        return (dict(np.load(arrays)) if arrays.exists() else {}), sidecar
+
+    return read
+
+
+def _folder(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"{name}: real data or peers' results are not beside this checkout, so this check did not run")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with the datasets Hippocampus, SarcomaPETCT and SunnybrookCMR in nnU-Net raw layout."""
+    return _folder("data")
+
+
+@pytest.fixture(scope="session")
+def real_parity() -> Path:
+    """Folder with nnU-Net's own results on the real datasets."""
+    return _folder("parity/real")
+
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
