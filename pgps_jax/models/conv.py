@@ -1,0 +1,141 @@
+"""3D convolution, transposed convolution and instance norm: the one place that knows platforms.
+
+All arrays are channels-last, (batch, d, h, w, channels). On GPU and TPU a convolution is XLA's own. On CPU, where XLA's
+3D convolutions are several times too slow (and their strided gradients 30 times), it is a sum of 2D convolutions over
+slices that are shifted along d, with the same numbers up to rounding.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pgps_jax.architecture import Size
+
+_PADDED_CHANNELS = 8  # XLA pads the channels of half-precision convolutions for cuDNN in float16 only
+
+
+def conv3d(
+    x: Float[Array, "b d h w ci"],
+    kernel: Float[Array, "kd kh kw ci co"],
+    bias: Float[Array, " co"] | None = None,
+    stride: Size = (1, 1, 1),
+) -> Float[Array, "b do ho wo co"]:
+    """Cross-correlation with zero padding of (k - 1) // 2 voxels on both sides of each axis, as PyTorch's Conv3d.
+
+    `kernel` has the dtype of `x`, in which the result comes back. Axes with an even kernel shrink by one.
+    """
+    if kernel.shape[:3] == (1, 1, 1) and tuple(stride) == (1, 1, 1):
+        y = jnp.tensordot(x, kernel[0, 0, 0], axes=1)
+    else:
+        y = lax.platform_dependent(
+            x,
+            kernel,
+            cpu=functools.partial(_conv_by_slices, stride=stride),
+            cuda=functools.partial(_conv_padded_channels, stride=stride),
+            default=functools.partial(_conv_native, stride=stride),
+        )
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def conv_transpose3d(
+    x: Float[Array, "b d h w ci"],
+    kernel: Float[Array, "sd sh sw ci co"],
+    bias: Float[Array, " co"] | None = None,
+) -> Float[Array, "b do ho wo co"]:
+    """Transposed convolution whose kernel equals its stride, so that no two inputs meet in an output voxel.
+
+    One matrix product followed by an interleave: `y[s * n + r] = x[n] @ kernel[r]` on each axis (PyTorch's
+    ConvTranspose3d without a flip). XLA's own transposed convolution has a very slow weight gradient.
+    """
+    b, d, h, w, ci = x.shape
+    sd, sh, sw, _, co = kernel.shape
+    y = jnp.tensordot(x, kernel.transpose(3, 0, 1, 2, 4).reshape(ci, sd * sh * sw * co), axes=1)
+    y = y.reshape(b * d, h, w, sd, sh, sw * co).transpose(0, 3, 1, 4, 2, 5)  # rank 6: XLA's CPU reductions crash at 7
+    y = y.reshape(b, d * sd, h * sh, w * sw, co)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def instance_norm(
+    x: Float[Array, "b d h w c"],
+    scale: Float[Array, " c"],
+    shift: Float[Array, " c"],
+    eps: float = 1e-5,
+    negative_slope: float | None = None,
+) -> Float[Array, "b d h w c"]:
+    """Normalise each sample and channel over space (biased variance), scale, shift; then leaky ReLU if asked for.
+
+    Statistics are float32 whatever the dtype of `x`. One voxel gives its shift. The backward pass keeps only
+    `x` and the statistics; the slope holds at zero too, as in PyTorch.
+    """
+    b, d, h, w, c = x.shape
+    slope = 1.0 if negative_slope is None else negative_slope
+    return _norm(x.reshape(b, d * h * w, c), scale, shift, eps, slope).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _norm(x: Float[Array, "b n c"], scale, shift, eps: float, slope: float) -> Float[Array, "b n c"]:
+    return _norm_forward(x, scale, shift, eps, slope)[0]
+
+
+def _norm_forward(x, scale, shift, eps, slope):
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(axis=1, keepdims=True)
+    rstd = lax.rsqrt(jnp.square(x32 - mean).mean(axis=1, keepdims=True) + eps)
+    y = (x32 - mean) * (rstd * scale) + shift
+    return _leaky(y, y, slope).astype(x.dtype), (x, mean, rstd, scale, shift)
+
+
+def _norm_backward(eps, slope, kept, g):
+    x, mean, rstd, scale, shift = kept
+    normal = (x.astype(jnp.float32) - mean) * rstd
+    g = _leaky(g.astype(jnp.float32), normal * scale + shift, slope)
+    g_sum, g_normal_sum = g.sum(axis=1, keepdims=True), (g * normal).sum(axis=1, keepdims=True)
+    g_x = (rstd * scale) * (g - (g_sum + normal * g_normal_sum) / x.shape[1])
+    return g_x.astype(x.dtype), g_normal_sum.sum(axis=(0, 1)), g_sum.sum(axis=(0, 1))
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
+
+
+def _leaky(x, sign, slope):
+    return x if slope == 1.0 else jnp.where(sign > 0, x, slope * x)
+
+
+def _padding(kernel) -> list[tuple[int, int]]:
+    return [((k - 1) // 2,) * 2 for k in kernel.shape[:-2]]
+
+
+def _conv_native(x, kernel, *, stride):
+    return lax.conv_general_dilated(x, kernel, stride, _padding(kernel), dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+
+
+def _conv_padded_channels(x, kernel, *, stride):
+    """Native convolution; a half-precision one with few input channels is widened so that cuDNN has a kernel for it."""
+    missing = -x.shape[-1] % _PADDED_CHANNELS
+    if missing and x.dtype.itemsize == 2:
+        x = jnp.pad(x, [(0, 0)] * 4 + [(0, missing)])
+        kernel = jnp.pad(kernel, [(0, 0)] * 3 + [(0, missing), (0, 0)])
+    return _conv_native(x, kernel, stride=stride)
+
+
+def _conv_by_slices(x, kernel, *, stride):
+    b, d, h, w, ci = x.shape
+    kd = kernel.shape[0]
+    pad = (kd - 1) // 2
+    depth = (d + 2 * pad - kd) // stride[0] + 1
+    padded = jnp.pad(x, [(0, 0), (pad, pad), (0, 0), (0, 0), (0, 0)])
+    total = None
+    for i in range(kd):
+        planes = lax.slice_in_dim(padded, i, i + (depth - 1) * stride[0] + 1, stride[0], axis=1)
+        y = lax.conv_general_dilated(
+            planes.reshape(b * depth, h, w, ci),
+            kernel[i],
+            stride[1:],
+            _padding(kernel[i]),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        total = y if total is None else total + y
+    return total.reshape(b, depth, *total.shape[1:])
