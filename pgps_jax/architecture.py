@@ -27,7 +27,7 @@ class Architecture:
     strides: tuple[Size, ...] = ()
     blocks_per_stage: tuple[int, ...] = ()  # convolutions per encoder stage (plain) or residual blocks (resenc)
     convs_per_stage_decoder: tuple[int, ...] = ()
-    options: dict[str, int | float | str | bool | tuple[int, ...]] = field(default_factory=dict)  # transformers: heads, ...
+    options: dict[str, int | float | str | bool | tuple[int, ...]] = field(default_factory=dict)  # transformers
 
     def __hash__(self):
         return hash((self.backbone, self.features_per_stage, self.kernel_sizes, self.strides, self.blocks_per_stage,
