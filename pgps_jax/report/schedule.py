@@ -1,0 +1,115 @@
+"""A schedule before it is run: the stage table for people and programs, and a picture of it over the steps."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from pgps_jax.curriculum import Schedule, Stage
+
+POINTS = 2000  # drawn per curve at most: more cannot be told apart, and random patch sizes would draw every step
+
+
+def stage_rows(schedule: Schedule, planned: Stage, memory: Mapping[Stage, int] | None = None) -> list[dict[str, Any]]:
+    """One JSON-able row per stage.
+
+    `planned` is the constant-patch training step to compare with. `share` is the voxels of one step over those of a
+    planned step; `memory_bytes` is what the stage's program needs on the device, None where `memory` does not tell.
+    """
+    steps = np.bincount(schedule.stage_of_step, minlength=len(schedule.stages))
+    return [
+        {
+            "stage": stage.index,
+            "patch_size": list(stage.patch_size),
+            "batch_size": stage.batch_size,
+            "first_step": int(np.argmax(schedule.stage_of_step == stage.index)),
+            "steps": int(n),
+            "voxels_per_step": stage.voxels,
+            "share": stage.voxels / planned.voxels,
+            "memory_bytes": (memory or {}).get(stage),
+        }
+        for stage, n in zip(schedule.stages, steps, strict=True) if n
+    ]
+
+
+def voxel_share(schedule: Schedule, planned: Stage) -> float:
+    """Voxels of the whole schedule over those of constant-patch training with as many steps."""
+    voxels = np.array([stage.voxels for stage in schedule.stages], float)
+    return float(voxels[schedule.stage_of_step].mean() / planned.voxels)
+
+
+def schedule_summary(schedule: Schedule, planned: Stage, memory: Mapping[Stage, int] | None = None) -> dict[str, Any]:
+    """What `schedule --json` prints: the rows of the stage table and the totals."""
+    return {
+        "planned": {"patch_size": list(planned.patch_size), "batch_size": planned.batch_size},
+        "steps": schedule.num_steps,
+        "voxel_share": voxel_share(schedule, planned),
+        "stages": stage_rows(schedule, planned, memory),
+    }
+
+
+def stage_table(schedule: Schedule, planned: Stage, memory: Mapping[Stage, int] | None = None) -> Table:
+    """The stage table for the terminal; the memory column is left out where nothing is known."""
+    share = voxel_share(schedule, planned)
+    table = Table(caption=f"{share:.3f} of the voxels of constant-patch training ({planned}) with as many steps")
+    headings = ["stage", "patch (d x h x w)", "batch", "first step", "steps", "voxels per step", "of constant"]
+    for heading in [*headings, "memory"] if memory else headings:
+        table.add_column(heading, justify="right")
+    for row in stage_rows(schedule, planned, memory):
+        cells = [str(row["stage"]), " x ".join(map(str, row["patch_size"])), f"{row['batch_size']:,}",
+                 f"{row['first_step']:,}", f"{row['steps']:,}", f"{row['voxels_per_step']:,}", f"{row['share']:.3f}"]
+        if memory:
+            size = row["memory_bytes"]
+            cells.append("" if size is None else f"{size / 2**20:,.0f} MiB")
+        table.add_row(*cells)
+    return table
+
+
+def plot_schedule(
+    schedule: Schedule, planned: Stage, path: Path, foreground_of_stage: Sequence[float] | None = None
+) -> None:
+    """Write the picture: patch edges, batch size and voxels over steps; a PNG, replaced in one go.
+
+    `foreground_of_stage`, one number per stage, is the predicted share of foreground voxels in a batch (class balance).
+    """
+    panels = 3 if foreground_of_stage is None else 4
+    figure = Figure(figsize=(9, 2.1 * panels), layout="constrained")
+    FigureCanvasAgg(figure)
+    patch, batch, voxels, *balance = figure.subplots(panels, 1, sharex=True)
+
+    switches = len(schedule.runs())
+    if switches <= POINTS / 2:  # both ends of each stage
+        step = np.array([x for _, first, n in schedule.runs() for x in (first, first + n)])
+        stage = schedule.stage_of_step[np.array([x for _, first, n in schedule.runs() for x in (first, first + n - 1)])]
+        style = {"linewidth": 1.5}
+    else:
+        step = np.unique(np.linspace(0, schedule.num_steps - 1, POINTS).astype(int))
+        stage = schedule.stage_of_step[step]
+        style = {"linestyle": "", "marker": ".", "markersize": 2}
+
+    edges = np.array([s.patch_size for s in schedule.stages])
+    for k, axis in enumerate("dhw"):
+        patch.plot(step, edges[stage, k], label=axis, alpha=0.8, **style)
+    patch.set(ylabel="patch edge (voxels)", ylim=(0, None))
+    patch.legend(ncols=3, fontsize=8)
+    batch.plot(step, np.array([s.batch_size for s in schedule.stages])[stage], color="tab:orange", **style)
+    batch.set(ylabel="patches per step", yscale="log")
+    of_planned = np.array([s.voxels for s in schedule.stages]) / planned.voxels
+    voxels.plot(step, of_planned[stage], color="tab:blue", **style)
+    share = voxel_share(schedule, planned)
+    voxels.axhline(share, color="0.5", linestyle=":", label=f"mean {share:.3f}")
+    voxels.set(ylabel="voxels per step\n(of constant patch)", ylim=(0, 1.1 * of_planned.max()))
+    voxels.legend(fontsize=8)
+    for axes in balance:
+        axes.plot(step, np.array(foreground_of_stage, float)[stage], color="tab:green", **style)
+        axes.set(ylabel="foreground share", ylim=(0, None))
+    (balance or [voxels])[0].set_xlabel("step")
+
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, path)
