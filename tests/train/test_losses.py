@@ -132,3 +132,10 @@ def test_hard_counts_equal_counting_voxel_by_voxel(labels):
         for row, hits in enumerate((target & predicted, ~target & predicted, target & ~predicted)):
             expected[row, k] = (hits & valid).sum()
     np.testing.assert_array_equal(np.stack(hard_counts(jnp.asarray(logits), jnp.asarray(label), labels)), expected)
+
+
+def test_an_absent_class_scores_by_its_predicted_volume_against_the_smoothing_term():
+    p = 1.25e-6  # in 8 voxels: 1e-5 predicted, as much as the smoothing term
+    logits = jnp.zeros((1, 2, 2, 2, 2)).at[..., 1].set(np.log(p / (1 - p)))
+    loss = dice_cross_entropy(logits, jnp.zeros((1, 2, 2, 2), jnp.int8))
+    np.testing.assert_allclose(loss, -np.log(1 - p) - 0.5, atol=1e-4)
