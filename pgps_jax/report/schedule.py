@@ -1,5 +1,6 @@
 """A schedule before it is run: the stage table for people and programs, and a picture of it over the steps."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,16 +11,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from pgps_jax.architecture import Size
 from pgps_jax.curriculum import Schedule, Stage
 
 POINTS = 2000  # drawn per curve at most: more cannot be told apart, and random patch sizes would draw every step
 
 
-def stage_rows(schedule: Schedule, planned: Stage, memory: Mapping[Stage, int] | None = None) -> list[dict[str, Any]]:
-    """One JSON-able row per stage.
+def stage_rows(
+    schedule: Schedule, patch_size: Size, batch_size: int, memory: Mapping[Stage, int] | None = None
+) -> list[dict[str, Any]]:
+    """One JSON-able row per stage in use.
 
-    `planned` is the constant-patch training step to compare with. `share` is the voxels of one step over those of a
-    planned step; `memory_bytes` is what the stage's program needs on the device, None where `memory` does not tell.
+    `patch_size` and `batch_size` are the planned ones, with which constant-patch training takes every step; `share` is
+    the voxels of a stage's step over theirs. `memory_bytes` is what the stage's program needs on the device, None where
+    `memory` does not tell.
     """
     steps = np.bincount(schedule.stage_of_step, minlength=len(schedule.stages))
     return [
@@ -30,49 +35,37 @@ def stage_rows(schedule: Schedule, planned: Stage, memory: Mapping[Stage, int] |
             "first_step": int(np.argmax(schedule.stage_of_step == stage.index)),
             "steps": int(n),
             "voxels_per_step": stage.voxels,
-            "share": stage.voxels / planned.voxels,
+            "share": stage.voxels / (batch_size * math.prod(patch_size)),
             "memory_bytes": (memory or {}).get(stage),
         }
         for stage, n in zip(schedule.stages, steps, strict=True) if n
     ]
 
 
-def voxel_share(schedule: Schedule, planned: Stage) -> float:
-    """Voxels of the whole schedule over those of constant-patch training with as many steps."""
-    voxels = np.array([stage.voxels for stage in schedule.stages], float)
-    return float(voxels[schedule.stage_of_step].mean() / planned.voxels)
+def voxel_share(rows: list[dict[str, Any]]) -> float:
+    """Voxels of all steps over those of constant-patch training with as many steps."""
+    return sum(row["steps"] * row["share"] for row in rows) / sum(row["steps"] for row in rows)
 
 
-def schedule_summary(schedule: Schedule, planned: Stage, memory: Mapping[Stage, int] | None = None) -> dict[str, Any]:
-    """What `schedule --json` prints: the rows of the stage table and the totals."""
-    return {
-        "planned": {"patch_size": list(planned.patch_size), "batch_size": planned.batch_size},
-        "steps": schedule.num_steps,
-        "voxel_share": voxel_share(schedule, planned),
-        "stages": stage_rows(schedule, planned, memory),
-    }
-
-
-def stage_table(schedule: Schedule, planned: Stage, memory: Mapping[Stage, int] | None = None) -> Table:
+def schedule_table(rows: list[dict[str, Any]], title: str = "") -> Table:
     """The stage table for the terminal; the memory column is left out where nothing is known."""
-    share = voxel_share(schedule, planned)
-    table = Table(caption=f"{share:.3f} of the voxels of constant-patch training ({planned}) with as many steps")
+    caption = f"{voxel_share(rows):.3f} of the voxels of constant-patch training with as many steps"
+    table = Table(title=title or None, caption=caption)
+    with_memory = any(row["memory_bytes"] is not None for row in rows)
     headings = ["stage", "patch (d x h x w)", "batch", "first step", "steps", "voxels per step", "of constant"]
-    for heading in [*headings, "memory"] if memory else headings:
+    for heading in [*headings, "memory"] if with_memory else headings:
         table.add_column(heading, justify="right")
-    for row in stage_rows(schedule, planned, memory):
+    for row in rows:
         cells = [str(row["stage"]), " x ".join(map(str, row["patch_size"])), f"{row['batch_size']:,}",
                  f"{row['first_step']:,}", f"{row['steps']:,}", f"{row['voxels_per_step']:,}", f"{row['share']:.3f}"]
-        if memory:
+        if with_memory:
             size = row["memory_bytes"]
             cells.append("" if size is None else f"{size / 2**20:,.0f} MiB")
         table.add_row(*cells)
     return table
 
 
-def plot_schedule(
-    schedule: Schedule, planned: Stage, path: Path, foreground_of_stage: Sequence[float] | None = None
-) -> None:
+def plot_schedule(schedule: Schedule, path: Path, foreground_of_stage: Sequence[float] | None = None) -> None:
     """Write the picture: patch edges, batch size and voxels over steps; a PNG, replaced in one go.
 
     `foreground_of_stage`, one number per stage, is the predicted share of foreground voxels in a batch (class balance).
@@ -99,11 +92,11 @@ def plot_schedule(
     patch.legend(ncols=3, fontsize=8)
     batch.plot(step, np.array([s.batch_size for s in schedule.stages])[stage], color="tab:orange", **style)
     batch.set(ylabel="patches per step", yscale="log")
-    of_planned = np.array([s.voxels for s in schedule.stages]) / planned.voxels
-    voxels.plot(step, of_planned[stage], color="tab:blue", **style)
-    share = voxel_share(schedule, planned)
-    voxels.axhline(share, color="0.5", linestyle=":", label=f"mean {share:.3f}")
-    voxels.set(ylabel="voxels per step\n(of constant patch)", ylim=(0, 1.1 * of_planned.max()))
+    per_step = np.array([s.voxels for s in schedule.stages])
+    mean = per_step[schedule.stage_of_step].mean()
+    voxels.plot(step, per_step[stage], color="tab:blue", **style)
+    voxels.axhline(mean, color="0.5", linestyle=":", label=f"mean {mean:,.0f}")
+    voxels.set(ylabel="voxels per step", ylim=(0, 1.1 * per_step.max()))
     voxels.legend(fontsize=8)
     for axes in balance:
         axes.plot(step, np.array(foreground_of_stage, float)[stage], color="tab:green", **style)

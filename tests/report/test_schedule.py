@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from pgps_jax.architecture import PatchLimits
-from pgps_jax.curriculum import CurriculumConfig, Stage, make_schedule
-from pgps_jax.report.schedule import plot_schedule, schedule_summary, stage_rows, stage_table, voxel_share
+from pgps_jax.curriculum import CurriculumConfig, make_schedule
+from pgps_jax.report.schedule import plot_schedule, schedule_table, stage_rows, voxel_share
 
 # mean voxels of all steps over those of constant patches, recomputed independently from the two papers' rules
 SHARES = [
@@ -27,40 +27,40 @@ def schedule(patch, batch, increment, mode, num_steps=1000):
 
 @pytest.mark.parametrize(("patch", "batch", "increment", "mode", "share"), SHARES)
 def test_voxel_shares_of_known_plans(patch, batch, increment, mode, share):
-    ours = schedule(patch, batch, increment, mode)
-    assert voxel_share(ours, Stage(0, patch, batch)) == pytest.approx(share, abs=6e-4)
+    rows = stage_rows(schedule(patch, batch, increment, mode), patch, batch)
+    assert voxel_share(rows) == pytest.approx(share, abs=6e-4)
 
 
 @pytest.mark.parametrize("mode", ["efficiency", "rpss"])
 def test_rows_add_up_to_the_schedule(mode):
-    ours, planned = schedule((40, 56, 40), 9, 8, mode), Stage(0, (40, 56, 40), 9)
-    summary = json.loads(json.dumps(schedule_summary(ours, planned, {ours.stages[1]: 5 * 2**20})))
-    rows = summary["stages"]
-    assert sum(r["steps"] for r in rows) == summary["steps"] == 1000
-    assert sum(r["steps"] * r["share"] for r in rows) / 1000 == pytest.approx(summary["voxel_share"])
+    ours = schedule((40, 56, 40), 9, 8, mode)
+    rows = json.loads(json.dumps(stage_rows(ours, (40, 56, 40), 9, {ours.stages[1]: 5 * 2**20})))
+    assert sum(r["steps"] for r in rows) == 1000
+    voxels = sum(ours.stage_at(step).voxels for step in range(1000))
+    assert voxel_share(rows) == pytest.approx(voxels / (1000 * 9 * 40 * 56 * 40))
     assert [r["memory_bytes"] for r in rows][:3] == [None, 5 * 2**20, None]
     for r in rows:
-        assert ours.stage_of_step[r["first_step"]] == r["stage"] not in ours.stage_of_step[: r["first_step"]]
+        assert ours.stage_of_step[r["first_step"]] == r["stage"]
+        assert r["stage"] not in ours.stage_of_step[: r["first_step"]]
 
 
 def test_the_table_shows_memory_only_where_it_is_known():
-    ours, planned = schedule((40, 56, 40), 9, 8, "performance"), Stage(0, (40, 56, 40), 9)
+    ours = schedule((40, 56, 40), 9, 8, "performance")
 
     def printed(memory):
         console = Console(width=140, record=True, file=io.StringIO())
-        console.print(stage_table(ours, planned, memory))
+        console.print(schedule_table(stage_rows(ours, (40, 56, 40), 9, memory), "performance"))
         return console.export_text()
 
     assert "1,575" in printed(None) and "memory" not in printed(None)
     assert "5 MiB" in printed({ours.stages[0]: 5 * 2**20})
-    assert "0.983 of the voxels of constant-patch training (40x56x40 batch 9)" in printed(None)
+    assert "0.983 of the voxels of constant-patch training" in printed(None)
 
 
 @pytest.mark.parametrize(("mode", "foreground"), [("performance", True), ("rpss", False)])
 def test_the_picture_is_written_whole(tmp_path, mode, foreground):
     ours = schedule((40, 56, 40), 9, 8, mode, num_steps=5000)
     balance = np.linspace(0.3, 0.1, len(ours.stages)).tolist() if foreground else None
-    plot_schedule(ours, Stage(0, (40, 56, 40), 9), tmp_path / "schedule.png", balance)
+    plot_schedule(ours, tmp_path / "schedule.png", balance)
     assert (tmp_path / "schedule.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(list(tmp_path.iterdir())) == 1
-    assert len(stage_rows(ours, Stage(0, (40, 56, 40), 9))) == len(ours.stages)
