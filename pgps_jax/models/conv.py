@@ -122,12 +122,14 @@ def _conv_padded_channels(x, kernel, *, stride):
 
 
 def _conv_by_slices(x, kernel, *, stride):
+    dtype = x.dtype
+    x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)  # half precision gains nothing here: round once
     b, d, h, w, ci = x.shape
     kd = kernel.shape[0]
     pad = (kd - 1) // 2
     depth = (d + 2 * pad - kd) // stride[0] + 1
     padded = jnp.pad(x, [(0, 0), (pad, pad), (0, 0), (0, 0), (0, 0)])
-    total = None
+    total = 0.0
     for i in range(kd):
         planes = lax.slice_in_dim(padded, i, i + (depth - 1) * stride[0] + 1, stride[0], axis=1)
         y = lax.conv_general_dilated(
@@ -137,5 +139,5 @@ def _conv_by_slices(x, kernel, *, stride):
             _padding(kernel[i]),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        total = y if total is None else total + y
-    return total.reshape(b, depth, *total.shape[1:])
+        total = total + y
+    return total.reshape(b, depth, *total.shape[1:]).astype(dtype)

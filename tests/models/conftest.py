@@ -1,0 +1,142 @@
+"""The peers' networks with their weights, inputs, outputs and gradients, in our layout."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pgps_jax.architecture import Architecture
+from pgps_jax.interop.nnunet_names import params_from_state_dict, state_dict_from_params
+from pgps_jax.models import build
+
+BACKBONES = {"PlainConvUNet": "plain-unet", "ResidualEncoderUNet": "resenc-unet"}
+
+
+def channels_last(array: np.ndarray) -> np.ndarray:
+    return np.moveaxis(array, 1, -1)
+
+
+def relative_error(ours, theirs) -> float:
+    assert ours.shape == theirs.shape
+    return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / (np.abs(theirs).max() or 1.0))
+
+
+class PeerNetwork(NamedTuple):
+    """One golden network: ours with the peer's weights, and what the peer computed."""
+
+    net: nnx.Module
+    image: np.ndarray
+    outputs: list[np.ndarray]
+    cotangents: list[np.ndarray]
+    gradients: dict[str, np.ndarray]  # by PyTorch name; "input" is the gradient of the image
+
+    def forward_error(self) -> float:
+        """Largest deviation of any head, relative to the head's largest value."""
+        logits = jax.jit(self.net)(self.image)
+        assert len(logits) == len(self.outputs)
+        return max(relative_error(a, b) for a, b in zip(logits, self.outputs, strict=True))
+
+    def gradient_error(self) -> float:
+        """The same for the gradients that the peer recorded."""
+        graphdef, params = nnx.split(self.net, nnx.Param)
+
+        def objective(params, image):
+            logits = nnx.merge(graphdef, params)(image)
+            return sum(jnp.sum(a * b) for a, b in zip(logits, self.cotangents, strict=True))
+
+        g_params, g_image = jax.jit(jax.grad(objective, argnums=(0, 1)))(params, self.image)
+        ours = state_dict_from_params(nnx.to_pure_dict(g_params)) | {"input": np.moveaxis(np.asarray(g_image), -1, 1)}
+        assert self.gradients
+        return max(relative_error(ours[name], theirs) for name, theirs in self.gradients.items())
+
+
+@pytest.fixture(scope="session")
+def peer_network(golden):
+    """peer_network("plain_iso") -> PeerNetwork; `weights` and `gradients` name the files that hold them, if others."""
+
+    def read(name: str, weights: str | None = None, gradients: str | None = None) -> PeerNetwork:
+        arrays, about = golden(f"nets/{name}")
+        weight_arrays, _ = golden(f"nets/{weights or name}")
+        architecture, ends = golden_architecture(about), (about["input_channels"], about["num_classes"])
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: build(architecture, *ends, rngs=nnx.Rngs(0))))
+        state_dict = {k.removeprefix("param:"): v for k, v in weight_arrays.items() if k.startswith("param:")}
+        assert set(about["parameter_names"]) == set(state_dict)
+        nnx.replace_by_pure_dict(params, jax.tree.map(jnp.asarray, params_from_state_dict(state_dict)))
+        net = nnx.merge(graphdef, params)
+        expected = {k: v for k, v in arrays.items() if k.startswith("grad_")}
+        if gradients:
+            expected |= golden(f"nets/{gradients}")[0]
+        count = sum(k.startswith("output_") for k in arrays)
+        return PeerNetwork(
+            net,
+            channels_last(arrays["input"]),
+            [channels_last(arrays[f"output_{i}"]) for i in range(count)],
+            [channels_last(arrays[f"fixed_{i}"]) for i in range(count)],
+            {k.removeprefix("grad_param:").removeprefix("grad_"): v for k, v in expected.items()},
+        )
+
+    return read
+
+
+def golden_architecture(about: dict) -> Architecture:
+    kwargs = about["arch_kwargs"]
+    return Architecture(
+        BACKBONES[about["network"]],
+        tuple(kwargs["features_per_stage"]),
+        tuple(map(tuple, kwargs["kernel_sizes"])),
+        tuple(map(tuple, kwargs["strides"])),
+        tuple(kwargs.get("n_conv_per_stage") or kwargs["n_blocks_per_stage"]),
+        tuple(kwargs["n_conv_per_stage_decoder"]),
+    )
+
+
+class InitialStatistics(NamedTuple):
+    """Deviations of a fresh network from the peer's initial distributions."""
+
+    shapes: dict[str, tuple[int, ...]]
+    peer_shapes: dict[str, tuple[int, ...]]
+    wrong: list[str]  # parameters whose mean or standard deviation lies outside 4 standard errors
+
+
+@pytest.fixture(scope="session")
+def initial_statistics(golden):
+    """initial_statistics(net, key of the golden file) -> InitialStatistics."""
+
+    def compare(net: nnx.Module, key: str) -> InitialStatistics:
+        _, about = golden("nets/init_statistics")
+        peer = {p["name"]: p for p in about["networks"][key]["parameters"]}
+        ours = state_dict_from_params(nnx.to_pure_dict(nnx.state(net, nnx.Param)))
+        wrong = []
+        for name, p in peer.items():
+            array, n = ours[name], ours[name].size
+            # the peer's draw is one of the same distribution: its error adds to ours
+            error = 4 * np.sqrt(2) * p["std"] / np.sqrt(n)
+            same = abs(array.mean() - p["mean"]) <= error and abs(array.std() - p["std"]) <= error / np.sqrt(2)
+            wrong += [] if same else [name]
+        return InitialStatistics(
+            {k: v.shape for k, v in ours.items() if k in peer}, {k: tuple(p["shape"]) for k, p in peer.items()}, wrong
+        )
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def bfloat16_error():
+    """bfloat16_error(architecture) -> |bfloat16 - float32| / |float32| of a fresh network's logits (Euclidean)."""
+
+    def measure(architecture: Architecture) -> float:
+        x = jax.random.normal(jax.random.key(0), (2, 16, 16, 16, 1))
+
+        @jax.jit
+        def logits(x):
+            nets = (build(architecture, 1, 3, dtype=dtype, rngs=nnx.Rngs(0)) for dtype in (jnp.float32, jnp.bfloat16))
+            return [net(x, deep_supervision=False)[0] for net in nets]
+
+        full, half = logits(x)
+        assert (full.dtype, half.dtype) == (jnp.float32, jnp.bfloat16)
+        return float(jnp.linalg.norm((half.astype(jnp.float32) - full).ravel()) / jnp.linalg.norm(full.ravel()))
+
+    return measure
