@@ -1,0 +1,201 @@
+"""Bytes that a training program needs, bytes that the device has, and the largest batch that brings them together.
+
+Everything here is known from compiling; nothing is executed, so nothing can fail halfway.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from pgps_jax.architecture import Size
+from pgps_jax.curriculum import Stage
+from pgps_jax.errors import InputError
+
+MOST_ELEMENTS = 2**31 - 1  # larger tensors leave cuDNN's fast kernels and want huge workspaces
+FINE_ENOUGH = 0.02  # a batch within this share of the largest that fits is not searched any further
+MOST_COMPILES = 6  # per patch size, the two of the first fit included
+
+
+class BatchChoice(NamedTuple):
+    """A batch size, the bytes that its compiled program needs per device, and a sentence that says why this one."""
+
+    batch_size: int
+    program_bytes: int
+    budget_bytes: int
+    reason: str
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+    """Device memory that a program needs while it runs: arguments + outputs - aliases + temporaries + code.
+
+    Donated arguments share their memory with outputs (aliases). XLA's own peak figure is not used: it is wrong on CPU
+    and ignores loops. For a sharded program these are the bytes on one device.
+    """
+    sizes = compiled.memory_analysis()
+    return int(
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+    )
+
+
+def device_budget(fraction: float, stats: Sequence[dict[str, int] | None] | None = None) -> int:
+    """Bytes that a program may use on each device: `fraction` of what there is, minus what is in use.
+
+    Of an accelerator there is what its allocator may take (`bytes_limit`), not what the chip has. CPU devices share
+    what memory the machine or the container has left, `fraction` of it. `stats` are the devices' `memory_stats()`,
+    asked of all local devices when not given.
+    """
+    stats = [device.memory_stats() for device in jax.local_devices()] if stats is None else stats
+    budgets = []
+    for of_device in stats:
+        if of_device and "bytes_limit" in of_device:
+            budgets.append(int(fraction * of_device["bytes_limit"]) - of_device.get("bytes_in_use", 0))
+        else:
+            budgets.append(int(fraction * host_bytes_left()) // len(stats))
+    return max(0, min(budgets))
+
+
+def host_bytes_left(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process can still take: MemAvailable or what its cgroup leaves, whichever is less."""
+    left = [_physical_bytes()]
+    for line in _lines(proc / "meminfo"):
+        if line.startswith("MemAvailable:"):
+            left = [1024 * int(line.split()[1])]
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2: limits of all ancestors hold
+            folder, limit, usage, cached = cgroup / path.lstrip("/"), "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            folder, limit, usage, cached = (cgroup / "memory" / path.lstrip("/"), "memory.limit_in_bytes",
+                                            "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        for place in (folder, *folder.parents):
+            maximum = _number(place / limit)
+            if maximum is not None:
+                reclaimable = [int(x.split()[1]) for x in _lines(place / "memory.stat") if x.split()[0] == cached]
+                left.append(maximum - (_number(place / usage) or 0) + sum(reclaimable))
+    return max(0, min(left))
+
+
+def _physical_bytes() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # half of all, where nobody knows better
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: Path) -> int | None:
+    lines = _lines(path)
+    return int(lines[0]) if lines and lines[0].isdecimal() else None
+
+
+def five_percent_rule(dataset_voxels: int, patch_size: Size) -> int:
+    """Batch that holds 5 % of the training voxels, and never less than 2: nnU-Net's upper limit when it plans."""
+    return max(2, round(0.05 * dataset_voxels / math.prod(patch_size)))
+
+
+def choose_batch_size(
+    compile_at: Callable[[int], jax.stages.Compiled],
+    stage: Stage,
+    budget_bytes: int,
+    *,
+    elements_per_patch: int,
+    multiple_of: int = 1,
+    max_batch: int | None = None,
+    extra_bytes_per_patch: int = 0,
+) -> BatchChoice:
+    """The largest batch size whose program fits the budget.
+
+    Compiles at two batch sizes, reads the line bytes = a + b * batch off them, and compiles once more at the batch size
+    that the line promises. Where the line was wrong the new point is used to correct it, a few times at most; what is
+    returned has been compiled and fits.
+
+    Args:
+        compile_at: compiles the stage's program for a batch size. XLA may itself find that it does not fit.
+        stage: the patch size in question, with the planned batch size to begin from.
+        budget_bytes: what a program may use on each device.
+        elements_per_patch: elements of the largest activation for one patch; the batch keeps it below 2^31.
+        multiple_of: number of devices that share a batch.
+        max_batch: another upper limit, for example `five_percent_rule`.
+        extra_bytes_per_patch: bytes on the device per patch of the batch outside the program (prefetched batches).
+
+    Raises InputError if not even the smallest batch fits.
+    """
+    ceiling, limit = MOST_ELEMENTS * multiple_of // elements_per_patch, "2^31 elements per tensor"
+    if max_batch is not None and max_batch < ceiling:
+        ceiling, limit = max_batch, "its upper limit"
+    ceiling = max(multiple_of, ceiling // multiple_of * multiple_of)
+    measured: dict[int, float] = {}
+
+    def measure(batch: int) -> None:
+        try:
+            outside = extra_bytes_per_patch * batch / multiple_of
+            measured[batch] = program_bytes(compile_at(batch)) + outside
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            measured[batch] = math.inf
+
+    first = min(ceiling, -(-stage.batch_size // multiple_of) * multiple_of)
+    for batch in dict.fromkeys((first, min(2 * first, ceiling))):
+        measure(batch)
+    while True:
+        low = max((batch for batch, needed in measured.items() if needed <= budget_bytes), default=0)
+        high = min((batch for batch in measured if batch > low), default=ceiling + multiple_of)
+        promised = int(min(_line(measured, budget_bytes), ceiling)) // multiple_of * multiple_of
+        good = low and (promised <= low * (1 + FINE_ENOUGH) or len(measured) >= MOST_COMPILES)
+        if good or high - low <= multiple_of:
+            break
+        measure(max(low + multiple_of, min(promised, high - multiple_of)))
+
+    patch = "x".join(map(str, stage.patch_size))
+    if not low:
+        least = measured[min(measured)]
+        wants = "more than the device has" if math.isinf(least) else _gib(least)
+        raise InputError(
+            f"patch {patch}: even a batch of {min(measured)} needs {wants}, and {_gib(budget_bytes)} are free; "
+            "use fewer features, a smaller patch or a larger --memory-fraction"
+        )
+    why = f"limited by {limit}" if low == ceiling else f"the largest that fits {_gib(budget_bytes)}"
+    reason = f"patch {patch}: batch {low} needs {_gib(measured[low])}, {why} (planned {stage.batch_size})"
+    return BatchChoice(low, math.ceil(measured[low]), budget_bytes, reason)
+
+
+def _line(measured: dict[int, float], budget: int) -> int | float:
+    """Batch size at which the line through the two measurements nearest to the budget reaches it."""
+    nearest = sorted((abs(needed - budget), batch, needed) for batch, needed in measured.items() if needed < math.inf)
+    if len(nearest) < 2:  # no line yet: the double of what fits, or half of what does not
+        return 2 * nearest[0][1] if nearest and nearest[0][2] <= budget else min(measured) / 2
+    (_, b1, n1), (_, b2, n2) = nearest[:2]
+    slope = (n2 - n1) / (b2 - b1)
+    return math.inf if slope <= 0 else b1 + (budget - n1) / slope
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, is a device or compiler telling that memory does not suffice."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        if isinstance(seen, MemoryError) or (
+            isinstance(seen, jax.errors.JaxRuntimeError)
+            and any(word in text for word in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "HbmOom"))
+        ):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _gib(size: int | float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
