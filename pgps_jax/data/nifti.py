@@ -1,0 +1,226 @@
+"""Read and write volumes with their geometry. The only file that imports nibabel (and, for .nrrd and .mha, SimpleITK).
+
+Arrays have axes (d, h, w), which are the file's (z, y, x): the order of nnU-Net. Spacings follow the array's order,
+affines the file's. Nothing is reoriented on reading; `reorient` does it where asked.
+"""
+
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel
+import numpy as np
+from jaxtyping import Float, Shaped
+from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nibabel.spatialimages import HeaderDataError, ImageDataError
+
+from pgps_jax.architecture import Size
+from pgps_jax.errors import InputError
+
+Spacing = tuple[float, float, float]
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+SITK_ENDINGS = (".nrrd", ".mha", ".mhd", ".gipl", ".nhdr")
+_UNREADABLE = (
+    OSError, EOFError, ValueError, zlib.error, HeaderDataError, ImageDataError, nibabel.filebasedimages.ImageFileError,
+)  # fmt: skip
+
+
+class Volume(NamedTuple):
+    """One channel or label map."""
+
+    array: np.ndarray  # float32 (d, h, w); labels too
+    spacing: Spacing  # mm, array order
+    affine: np.ndarray  # float64 (4, 4): voxel (x, y, z) to world mm, RAS+
+
+
+class Header(NamedTuple):
+    """Geometry without voxels."""
+
+    shape: Size  # d, h, w
+    spacing: Spacing
+    affine: np.ndarray
+
+
+def read_volume(path: Path) -> Volume:
+    """Read a 3D volume as float32, scaled as its header says.
+
+    A fourth axis of length 1 is dropped.
+
+    Raises:
+        InputError: missing, unreadable or truncated file, not 3D, zero or negative spacing.
+    """
+    if _is_sitk(path):
+        image, header = _open_sitk(path, with_voxels=True)
+        return Volume(image, header.spacing, header.affine)
+    image, header = _open_nifti(path)
+    try:
+        array = image.get_fdata(dtype=np.float32, caching="unchanged")
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    return Volume(np.ascontiguousarray(array.reshape(array.shape[:3]).T), header.spacing, header.affine)
+
+
+def read_header(path: Path) -> Header:
+    """Read only the geometry; see `read_volume`."""
+    return (_open_sitk(path, with_voxels=False) if _is_sitk(path) else _open_nifti(path))[1]
+
+
+def write_volume(path: Path, array: Shaped[np.ndarray, "d h w"], affine: Float[np.ndarray, "4 4"]) -> None:
+    """Write a volume atomically, in the format that the file name says.
+
+    Integers and truth values become uint8 if they are below 255, else uint16 (int16 or int32 when that cannot hold
+    them); floats become float32.
+    """
+    array = array.astype(_stored_type(array), copy=False)
+    temporary = path.with_name(f".writing.{path.name}")
+    try:
+        if _is_sitk(path):
+            _write_sitk(temporary, array, affine)
+        else:
+            image = nibabel.Nifti1Image(array.T, affine)
+            image.header.set_xyzt_units("mm")
+            nibabel.save(image, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_channels(path: Path) -> tuple[Shaped[np.ndarray, "c d h w"], np.ndarray]:
+    """A 3D or 4D NIfTI as channels (the file's last axis) in the file's own number type, and its affine.
+
+    Voxels are not scaled unless the header asks for it. Raises InputError as `read_volume` does.
+    """
+    image = _load_nifti(path)
+    if len(image.shape) not in (3, 4):
+        raise InputError(f"{path}: has {len(image.shape)} axes {image.shape}; want a volume (3) or channels of one (4)")
+    try:
+        array = np.asanyarray(image.dataobj)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    return (array.T if array.ndim == 4 else array.T[None]), np.asarray(image.affine, np.float64)
+
+
+def axis_codes(affine: Float[np.ndarray, "4 4"]) -> str:
+    """To which side of the body the file's axes x, y, z grow, e.g. "RAS" or "LPS"; array axis a is letter 2 - a."""
+    return "".join(code or "?" for code in aff2axcodes(affine))
+
+
+def reorient(
+    array: Shaped[np.ndarray, "d h w"], affine: Float[np.ndarray, "4 4"], codes: str
+) -> tuple[Shaped[np.ndarray, "d2 h2 w2"], np.ndarray]:
+    """Flip and permute axes so that `axis_codes` of the new affine is `codes`; no interpolation, exactly invertible.
+
+    Raises:
+        InputError: `codes` does not name each body axis once.
+    """
+    pairs = {"R": "RL", "L": "RL", "A": "AP", "P": "AP", "S": "SI", "I": "SI"}
+    if sorted(pairs.get(code, "?") for code in codes) != ["AP", "RL", "SI"]:
+        raise InputError(f"orientation {codes!r}: want one letter of each of R/L, A/P, S/I, such as RAS or LPS")
+    transform = ornt_transform(io_orientation(affine), axcodes2ornt(codes))
+    new_affine = affine @ nibabel.orientations.inv_ornt_aff(transform, array.T.shape)
+    return np.ascontiguousarray(apply_orientation(array.T, transform).T), new_affine
+
+
+def geometry_difference(first: Header, second: Header) -> float:
+    """Largest distance in mm between where the two headers place the same voxel, over the corners of the first."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in first.shape[::-1]], [1], indexing="ij")).reshape(4, -1)
+    return float(np.linalg.norm(((first.affine - second.affine) @ corners)[:3], axis=0).max())
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _load_nifti(path: Path) -> Any:
+    if not path.name.endswith(NIFTI_ENDINGS):
+        raise InputError(f"{path}: this kind of file is not read; known are {', '.join(NIFTI_ENDINGS + SITK_ENDINGS)}")
+    if not path.is_file():
+        raise InputError(f"{path}: this file is missing")
+    try:
+        return nibabel.load(path)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def _open_nifti(path: Path) -> tuple[Any, Header]:
+    image = _load_nifti(path)
+    shape = tuple(image.shape)
+    if len(shape) != 3 and (len(shape) < 3 or set(shape[3:]) != {1}):
+        raise InputError(
+            f"{path}: has {len(shape)} axes {shape} where a 3D volume is expected; store each channel in its own file "
+            "(CASE_0000, CASE_0001, ...), and a single slice as a volume of one slice"
+        )
+    zooms = image.header.get_zooms()[:3]
+    return image, _checked_header(path, shape[2::-1], zooms[::-1], np.asarray(image.affine, np.float64))
+
+
+def _checked_header(path: Path, shape: tuple, spacing: tuple, affine: np.ndarray) -> Header:
+    if min(shape) < 1:
+        raise InputError(f"{path}: the volume is empty, shape {shape}")
+    if not all(np.isfinite(s) and s > 0 for s in spacing) or not np.isfinite(affine).all():
+        raise InputError(f"{path}: its header gives the voxel spacing {spacing} mm; want positive numbers")
+    return Header(tuple(int(n) for n in shape), tuple(float(s) for s in spacing), affine)
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: cannot be read as a volume ({type(error).__name__}: {error}); is the file complete?")
+
+
+def _stored_type(array: np.ndarray) -> Callable:
+    if array.dtype.kind == "f":
+        return np.float32
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    if low < 0:
+        return np.int16 if low >= -(2**15) and high < 2**15 else np.int32
+    return np.uint8 if high < 255 else np.uint16 if high < 2**16 else np.int32
+
+
+# ---------------------------------------------------------------------------------------------------------- SimpleITK
+
+
+def _is_sitk(path: Path) -> bool:
+    return path.name.endswith(SITK_ENDINGS)
+
+
+def _sitk(path: Path) -> Any:
+    try:
+        import SimpleITK
+    except ImportError:
+        raise InputError(f"{path}: {path.suffix} files need SimpleITK: pip install SimpleITK") from None
+    return SimpleITK
+
+
+_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # SimpleITK's world axes against NIfTI's
+
+
+def _open_sitk(path: Path, with_voxels: bool) -> tuple[np.ndarray | None, Header]:
+    sitk = _sitk(path)
+    if not path.is_file():
+        raise InputError(f"{path}: this file is missing")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        image = reader.Execute() if with_voxels else reader
+    except RuntimeError as error:
+        raise _unreadable(path, error) from None
+    if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
+        raise InputError(f"{path}: want a 3D volume of one number per voxel, found {reader.GetDimension()} axes and "
+                         f"{reader.GetNumberOfComponents()} numbers per voxel")
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    header = _checked_header(path, image.GetSize()[::-1], image.GetSpacing()[::-1], _LPS @ affine)
+    return (sitk.GetArrayFromImage(image).astype(np.float32) if with_voxels else None), header
+
+
+def _write_sitk(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    sitk = _sitk(path)
+    lps = _LPS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((lps[:3, :3] / spacing).reshape(-1).tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    sitk.WriteImage(image, str(path), useCompression=True)
