@@ -24,10 +24,9 @@ import blosc2
 import numpy as np
 
 from pgps_jax.architecture import Size
+from pgps_jax.data.dataset import Label
 from pgps_jax.errors import InputError
 from pgps_jax.interop.pickles import read_properties
-
-Label = int | tuple[int, ...]  # a tuple is a region, or -1 and all labels: "annotated" where some voxels are ignored
 
 _LARGEST_BLOCK = 128 * 1024  # bytes, uncompressed: the unit of decompression fits a core's cache
 _LARGEST_CHUNK = 6 * 1024**2  # bytes, uncompressed: the unit of reading
@@ -40,7 +39,7 @@ class Preprocessed(NamedTuple):
     image: np.ndarray  # float32 (c, d, h, w), normalised and resampled
     seg: np.ndarray  # int16 (1, d, h, w), -1 outside the body
     properties: dict  # JSON values only; keys as in nnU-Net's properties
-    locations: dict[Label, np.ndarray]  # int32 (n, 3) voxels of each class or region; n may be 0
+    locations: dict[Label, np.ndarray]  # int32 (n, 3) voxels of each class or region, n may be 0; see sample_locations
 
 
 class StoredCase(NamedTuple):

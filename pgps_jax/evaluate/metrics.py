@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Integer
 
-Label = int | tuple[int, ...]  # a tuple is a region: all its labels together
+from pgps_jax.data.dataset import Label
+
 Metrics = dict[str, float | int]
 
 
@@ -39,21 +40,23 @@ def confusion(
 ) -> tuple[Integer[np.ndarray, "n"], Integer[np.ndarray, "n n"]]:
     """Values that occur (ascending), and how many voxels are predicted as the row's and are truly the column's value.
 
-    Both maps must be >= 0. With `ignore`, voxels with that reference are not counted.
+    With `ignore`, voxels with that reference are not counted.
     """
     if ignore is not None:
         kept = reference != ignore
         prediction, reference = prediction[kept], reference[kept]
     prediction, reference = prediction.reshape(-1), reference.reshape(-1)
-    size = 1 + max((int(x.max()) for x in (prediction, reference) if x.size), default=0)
+    if not reference.size:
+        return np.zeros(0, np.intp), np.zeros((0, 0), np.intp)
+    lowest = min(int(prediction.min()), int(reference.min()))
+    size = max(int(prediction.max()), int(reference.max())) - lowest + 1
     present = np.zeros(size, bool)
-    for x in (prediction, reference):
-        present |= np.bincount(x, minlength=size) > 0
+    present[prediction - lowest] = present[reference - lowest] = True
     values = np.flatnonzero(present)
     place = np.zeros(size, np.intp)
     place[values] = np.arange(len(values))
-    pairs = place[prediction] * len(values) + place[reference]
-    return values, np.bincount(pairs, minlength=len(values) ** 2).reshape(len(values), len(values))
+    pairs = place[prediction - lowest] * len(values) + place[reference - lowest]
+    return values + lowest, np.bincount(pairs, minlength=len(values) ** 2).reshape(len(values), len(values))
 
 
 def _metrics_of_counts(tp: int, fp: int, fn: int, tn: int) -> Metrics:
