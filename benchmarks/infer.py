@@ -1,0 +1,218 @@
+"""nnU-Net's predictor and ours on the same weights, volume and cores: seconds, ratio and agreement, as JSON.
+
+    python -m benchmarks.infer --output benchmarks/results/infer.json      (needs the extra `bench`: torch, nnunetv2)
+
+Two parts: `tiles` is the sliding window with and without mirroring over a network as planned for Hippocampus (random
+weights); `export` is the way from logits back to a label map, for few and for many classes. Both sides run alternately
+in one process; times are medians. A ratio below 1 means that ours is faster.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from pgps_jax.data.dataset import Labels
+from pgps_jax.data.plan import Plan
+from pgps_jax.infer.export import restore_labels
+from pgps_jax.infer.predict import make_predictor
+from pgps_jax.interop.nnunet_names import params_from_state_dict
+
+
+def plans_json(features: list[int], patch_size: list[int], spacing: list[float]) -> dict:
+    """A plan in nnU-Net's schema for a plain U-Net with one pooling per further entry of `features`."""
+    stages = len(features)
+    resampling = {f"resampling_fn_{what}": "resample_data_or_seg_to_shape" for what in ("data", "seg", "probabilities")}
+    rule = {"order_z": 0, "force_separate_z": None}
+    kwargs = {
+        f"resampling_fn_{what}_kwargs": {"is_seg": what == "seg", "order": order, **rule}
+        for what, order in (("data", 3), ("seg", 1), ("probabilities", 1))
+    }
+    architecture = {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": stages,
+            "features_per_stage": features,
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [[3, 3, 3]] * stages,
+            "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+            "n_conv_per_stage": [2] * stages,
+            "n_conv_per_stage_decoder": [2] * (stages - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+    configuration = {
+        "data_identifier": "bench",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": patch_size,
+        "median_image_size_in_voxels": [float(n) for n in patch_size],
+        "spacing": spacing,
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        "batch_dice": False,
+        "architecture": architecture,
+        **resampling,
+        **kwargs,
+    }
+    return {
+        "dataset_name": "Dataset999_Bench",
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": spacing,
+        "original_median_shape_after_transp": patch_size,
+        "image_reader_writer": "NibabelIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {"3d_fullres": configuration},
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {
+            "0": dict.fromkeys(("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std"), 1.0)
+        },
+    }
+
+
+def dataset_json(num_classes: int) -> dict:
+    """A dataset.json with background and `num_classes` - 1 structures."""
+    labels = {"background": 0} | {f"structure {k}": k for k in range(1, num_classes)}
+    return {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": 1, "file_ending": ".nii.gz"}
+
+
+def alternate(repeats: int, **sides: Callable) -> tuple[dict[str, float], dict]:
+    """Median seconds and last result of each side; the first round warms up (and compiles) and is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    results = {}
+    for _ in range(repeats + 1):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            results[name] = run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s[1:]) for name, s in seconds.items()}, results
+
+
+def bench_tiles(features: list[int], patch_size: list[int], volume: list[int], mirror: bool, repeats: int) -> dict:
+    """The sliding window of both sides over one volume."""
+    plans, dataset = plans_json(features, patch_size, [1.0, 1.0, 1.0]), dataset_json(3)
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration("3d_fullres")
+    torch.manual_seed(0)
+    network = get_network_from_plans(
+        configuration.network_arch_class_name, configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import, 1, 3, deep_supervision=False)
+    peer = nnUNetPredictor(
+        use_mirroring=mirror, perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False)
+    peer.manual_initialization(network, manager, configuration, [network.state_dict()], dataset, "bench", (0, 1, 2))
+
+    plan = Plan.from_json(plans)
+    params = params_from_state_dict({name: value.numpy() for name, value in network.state_dict().items()})
+    ours = make_predictor(
+        plan, plan.configurations["3d_fullres"], Labels.from_json(dataset), ("MRI",), [params], mirror=mirror)
+    image = np.random.default_rng(0).normal(size=(1, *volume)).astype(np.float32)
+    seconds, logits = alternate(
+        repeats,
+        nnunet=lambda: peer.predict_logits_from_preprocessed_data(torch.from_numpy(image)).float().numpy(),
+        pgps_jax=lambda: ours.window(ours.fold_params, image),
+    )
+    difference = np.abs(logits["nnunet"] - logits["pgps_jax"])
+    return {
+        "what": "tiles",
+        "features": features,
+        "patch_size": patch_size,
+        "volume": volume,
+        "mirroring": mirror,
+        "seconds": seconds,
+        "ratio": seconds["pgps_jax"] / seconds["nnunet"],
+        "logit_difference_p99": float(np.percentile(difference, 99)),  # nnU-Net adds logits up in float16
+        "logit_range": float(np.ptp(logits["pgps_jax"])),
+        "equal_labels": float((logits["nnunet"].argmax(0) == logits["pgps_jax"].argmax(0)).mean()),
+    }
+
+
+def bench_export(num_classes: int, shape: list[int], new_shape: list[int], repeats: int) -> dict:
+    """Logits back to a label map of both sides; each class is a ball, as organs are."""
+    plans, dataset = plans_json([8, 16], [16, 16, 16], [1.0, 1.0, 1.0]), dataset_json(num_classes)
+    manager = PlansManager(plans)
+    plan, labels = Plan.from_json(plans), Labels.from_json(dataset)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 0.1, (num_classes, *shape)).astype(np.float32)
+    d, h, w = np.ogrid[tuple(slice(n) for n in shape)]
+    for k in range(1, num_classes):
+        centre = rng.uniform(0.1, 0.9, 3) * shape
+        distance = np.sqrt((d - centre[0]) ** 2 + (h - centre[1]) ** 2 + (w - centre[2]) ** 2)
+        logits[k] += np.clip(rng.uniform(0.06, 0.15) * min(shape) - distance, -10, 10)
+    properties = {
+        "spacing": [n / m for n, m in zip(shape, new_shape, strict=True)],
+        "shape_before_cropping": new_shape,
+        "bbox_used_for_cropping": [[0, n] for n in new_shape],
+        "shape_after_cropping_and_before_resampling": new_shape,
+    }
+    seconds, decided = alternate(
+        repeats,
+        nnunet=lambda: convert_predicted_logits_to_segmentation_with_correct_shape(
+            torch.from_numpy(logits), manager, manager.get_configuration("3d_fullres"),
+            manager.get_label_manager(dataset), properties),
+        pgps_jax=lambda: restore_labels(logits, properties, plan, plan.configurations["3d_fullres"], labels),
+    )
+    return {
+        "what": "export",
+        "classes": num_classes,
+        "shape": shape,
+        "new_shape": new_shape,
+        "seconds": seconds,
+        "ratio": seconds["pgps_jax"] / seconds["nnunet"],
+        "equal_labels": float((np.asarray(decided["nnunet"]) == decided["pgps_jax"]).mean()),
+    }
+
+
+def main() -> None:
+    """Run all parts, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/infer.json"))
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    hippocampus = [32, 64, 128, 256], [40, 56, 40]
+    rows = []
+    for run in (
+        lambda: bench_tiles(*hippocampus, [60, 84, 60], False, arguments.repeats),
+        lambda: bench_tiles(*hippocampus, [40, 56, 60], True, arguments.repeats),
+        lambda: bench_tiles([8, 16, 32, 64], [40, 56, 40], [60, 84, 60], True, arguments.repeats),
+        lambda: bench_export(3, [80, 120, 120], [100, 180, 180], arguments.repeats),
+        lambda: bench_export(60, [60, 90, 90], [80, 130, 130], arguments.repeats),
+    ):
+        rows.append(run())
+        row = rows[-1]
+        seconds = row["seconds"]
+        print(f"{row['what']:7} nnU-Net {seconds['nnunet']:7.2f} s   pgps_jax {seconds['pgps_jax']:7.2f} s   ratio "
+              f"{row['ratio']:.2f}   equal labels {100 * row['equal_labels']:.3f} %", flush=True)
+    result = {
+        "command": "python -m benchmarks.infer",
+        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+                  f"jax on {jax.default_backend()}, torch on cpu",
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "torch", "nnunetv2", "numpy", "scipy")},
+        "rows": rows,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Segment volumes and folders of images with a trained network."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Integer, PyTree
+
+from pgps_jax.data.dataset import GEOMETRY_TOLERANCE, Case, Labels, RawCase, read_case
+from pgps_jax.data.nifti import Volume, axis_codes, geometry_difference, read_header, reorient, write_volume
+from pgps_jax.data.plan import Configuration, Plan
+from pgps_jax.data.preprocess import preprocess_case
+from pgps_jax.data.store import Preprocessed
+from pgps_jax.errors import InputError
+from pgps_jax.infer.export import restore_labels, restore_probabilities
+from pgps_jax.infer.sliding_window import NetworkFunction, SlidingWindow
+from pgps_jax.models import build
+
+OUTSIDE_LOGIT = 20.0  # of background in tiles that are skipped; certain, but a finite number
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """A trained network (one or several folds) with all that its images and its labels need. Stays compiled."""
+
+    plan: Plan
+    configuration: Configuration
+    labels: Labels
+    channel_names: tuple[str, ...]
+    fold_params: tuple[PyTree, ...]  # on the device
+    window: SlidingWindow
+    file_ending: str = ".nii.gz"
+    orientation: str | None = None  # of the training images, such as "RAS"; None: take images as they are, as nnU-Net
+
+    def predict_case(self, volumes: Sequence[Volume]) -> Integer[np.ndarray, "d h w"]:
+        """Label map of one case, in the frame of its images.
+
+        Args:
+            volumes: one per channel, in the order of `channel_names`; equal shapes.
+        """
+        if len(volumes) != len(self.channel_names):
+            raise InputError(f"{len(volumes)} images given, the network takes {len(self.channel_names)} channels: "
+                             f"{', '.join(self.channel_names)}")
+        if len({v.array.shape for v in volumes}) != 1:
+            raise InputError(f"channels differ in shape: {', '.join(str(v.array.shape) for v in volumes)}")
+        image = np.stack([np.asarray(v.array, np.float32) for v in volumes])
+        case = self.preprocess(RawCase(image, None, volumes[0].spacing, volumes[0].affine))
+        return self.restore(self.logits(case), case)
+
+    def preprocess(self, raw: RawCase) -> Preprocessed:
+        """Exactly as before training; volumes of another orientation than the training's are brought to that first."""
+        if not np.isfinite(raw.image).all():
+            raise InputError("the image holds values that are not finite (NaN or infinite); replace them first")
+        if self.orientation is None or axis_codes(raw.affine) == self.orientation:
+            return preprocess_case(raw, self.plan, self.configuration, self.labels)
+        turned = [reorient(channel, raw.affine, self.orientation) for channel in raw.image]
+        affine = turned[0][1]
+        spacing = tuple(float(s) for s in np.linalg.norm(affine[:3, :3], axis=0)[::-1])
+        image = np.stack([channel for channel, _ in turned])
+        case = preprocess_case(RawCase(image, None, spacing, affine), self.plan, self.configuration, self.labels)
+        case.properties["turned_from"] = axis_codes(raw.affine)
+        return case
+
+    def logits(
+        self, case: Preprocessed, progress: Callable[[int, int], None] | None = None
+    ) -> Float[np.ndarray, "k d h w"]:
+        """Mean logits of the folds on the preprocessed grid."""
+        logits = self.window(self.fold_params, case.image, progress)
+        if not all(np.isfinite(channel).all() for channel in logits):
+            raise FloatingPointError("the network returned values that are not finite; its weights may be damaged")
+        return logits
+
+    def restore(self, logits: Float[np.ndarray, "k d h w"], case: Preprocessed) -> Integer[np.ndarray, "x y z"]:
+        """Label map in the frame of the images."""
+        return self._turned_back(
+            restore_labels(logits, case.properties, self.plan, self.configuration, self.labels), case)
+
+    def probabilities(
+        self, logits: Float[np.ndarray, "k d h w"], case: Preprocessed
+    ) -> Float[np.ndarray, "k x y z"]:
+        """Class probabilities in the frame of the images; all classes at full resolution."""
+        found = restore_probabilities(logits, case.properties, self.plan, self.configuration, self.labels)
+        return np.stack([self._turned_back(k, case) for k in found]) if "turned_from" in case.properties else found
+
+    def _turned_back(self, array: np.ndarray, case: Preprocessed) -> np.ndarray:
+        if "turned_from" not in case.properties:
+            return array
+        affine = np.asarray(case.properties["nibabel_stuff"]["original_affine"])
+        return reorient(array, affine, case.properties["turned_from"])[0]
+
+
+def make_predictor(
+    plan: Plan,
+    configuration: Configuration,
+    labels: Labels,
+    channel_names: Sequence[str],
+    fold_params: Sequence[PyTree],
+    *,
+    file_ending: str = ".nii.gz",
+    orientation: str | None = None,
+    mirror: bool = True,
+    mirror_axes: Sequence[int] | None = None,
+    step: float = 0.5,
+    tile_batch: int | None = None,
+    skip_outside: bool = False,
+    dtype: jnp.dtype | None = None,
+) -> Predictor:
+    """Put a predictor together; the network is built from the configuration's architecture.
+
+    Args:
+        fold_params: parameters of each fold as nested dicts (`nnx.to_pure_dict`); logits of the folds are averaged.
+        orientation: of the training images, such as "RAS": other images are brought to it and their labels back. None
+            takes images as they are, as nnU-Net does.
+        mirror: average over mirrored copies of each tile.
+        mirror_axes: axes to mirror; by default all along which the patch has more than one voxel.
+        step: distance of neighbouring tiles in patch lengths.
+        skip_outside: leave out tiles in which all channels are constant; what no other tile covers is background.
+        dtype: of the computation; by default bfloat16 on accelerators and float32 on CPU.
+    """
+    if not fold_params:
+        raise ValueError("make_predictor: no parameters given")
+    if mirror_axes is None:
+        mirror_axes = [axis for axis in range(3) if configuration.patch_size[axis] > 1]
+    window = SlidingWindow(
+        network_function(configuration, len(channel_names), labels.num_outputs, dtype),
+        configuration.patch_size,
+        labels.num_outputs,
+        mirror_axes if mirror else (),
+        step=step,
+        tile_batch=tile_batch,
+        outside=background_logits(labels) if skip_outside else None,
+    )
+    params = tuple(jax.device_put(params) for params in fold_params)
+    return Predictor(plan, configuration, labels, tuple(channel_names), params, window, file_ending,
+                     orientation)
+
+
+def network_function(
+    configuration: Configuration, in_channels: int, out_channels: int, dtype: jnp.dtype | None = None
+) -> NetworkFunction:
+    """The planned network as a function (params, x) -> full-resolution logits."""
+    dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    abstract = nnx.eval_shape(
+        lambda: build(configuration.architecture, in_channels, out_channels, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, _ = nnx.split(abstract, nnx.Param)
+    return lambda params, x: nnx.merge(graphdef, params)(x, deep_supervision=False)[0]
+
+
+def background_logits(labels: Labels) -> tuple[float, ...]:
+    """Logits that mean background and nothing else."""
+    if labels.has_regions:
+        return (-OUTSIDE_LOGIT,) * labels.num_outputs
+    return (OUTSIDE_LOGIT,) + (0.0,) * (labels.num_outputs - 1)
+
+
+def predict_folder(
+    predictor: Predictor,
+    images: Path,
+    output: Path,
+    *,
+    save_probabilities: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Segment every case of a folder of images in nnU-Net's naming (CASE_0000.nii.gz, CASE_0001.nii.gz, ...).
+
+    All inputs are checked before the first is predicted. Each segmentation is written atomically as CASE.nii.gz with
+    the affine of its first channel. Reading the next case and writing the last one overlap with prediction, so that at
+    most three cases are in memory.
+
+    Args:
+        save_probabilities: also write CASE.npz, key `probabilities`, (k, d, h, w) in the image's frame.
+        overwrite: predict cases again whose segmentation exists; they are skipped otherwise.
+        progress: called with (cases done, cases to do).
+
+    Returns:
+        paths of the segmentations that this call wrote.
+
+    Raises:
+        InputError: missing or surplus channels, channels that differ in geometry, unreadable files.
+    """
+    cases = find_cases(images, predictor.channel_names, predictor.file_ending)
+    for case in cases:
+        check_geometry(case)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be made the output folder ({error.strerror})") from None
+    target = {case.id: output / f"{case.id}{predictor.file_ending}" for case in cases}
+    todo = [case for case in cases if overwrite or not target[case.id].exists()]
+    if progress is not None:
+        progress(0, len(todo))
+
+    def read(case: Case) -> tuple[RawCase, Preprocessed]:
+        raw = read_case(case)
+        try:
+            prepared = predictor.preprocess(raw)
+        except InputError as error:
+            raise InputError(f"case {case.id} ({case.images[0]}): {error}") from None
+        return raw._replace(image=raw.image[:0]), prepared  # the raw voxels are not needed any more
+
+    def write(case: Case, raw: RawCase, prepared: Preprocessed, logits: np.ndarray) -> None:
+        if save_probabilities:
+            _write_probabilities(
+                target[case.id].with_name(f"{case.id}.npz"), predictor.probabilities(logits, prepared))
+        write_volume(target[case.id], predictor.restore(logits, prepared), raw.affine)
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        written: Future | None = None
+        upcoming = reader.submit(read, todo[0]) if todo else None
+        for done, case in enumerate(todo):
+            raw, prepared = upcoming.result()
+            upcoming = reader.submit(read, todo[done + 1]) if done + 1 < len(todo) else None
+            logits = predictor.logits(prepared)
+            if written is not None:
+                written.result()  # bounds what waits, and raises what failed
+                if progress is not None:
+                    progress(done, len(todo))
+            written = writer.submit(write, case, raw, prepared, logits)
+        if written is not None:
+            written.result()
+            if progress is not None:
+                progress(len(todo), len(todo))
+    return [target[case.id] for case in todo]
+
+
+def find_cases(images: Path, channel_names: Sequence[str], file_ending: str) -> tuple[Case, ...]:
+    """Cases of a folder by nnU-Net's naming; InputError if a case lacks a channel or has one too many."""
+    if not images.is_dir():
+        raise InputError(f"{images}: no such folder of images")
+    channels: dict[str, dict[int, Path]] = {}
+    for path in sorted(images.iterdir()):
+        match = re.fullmatch(r"(.+)_(\d{4})" + re.escape(file_ending), path.name)
+        if match and not path.name.startswith("."):
+            channels.setdefault(match[1], {})[int(match[2])] = path
+    if not channels:
+        raise InputError(f"{images}: no images named CASE_0000{file_ending}; name each channel of a case that way")
+    for case_id, found in channels.items():
+        for number, name in enumerate(channel_names):
+            if number not in found:
+                raise InputError(f"case {case_id}: channel {number} ({name}) is missing; expected the file "
+                                 f"{images / f'{case_id}_{number:04d}{file_ending}'}")
+        surplus = sorted(set(found) - set(range(len(channel_names))))
+        if surplus:
+            raise InputError(f"case {case_id}: {found[surplus[0]]} is a channel too many; the network takes "
+                             f"{len(channel_names)}: {', '.join(channel_names)}")
+    return tuple(Case(case_id, tuple(found[n] for n in sorted(found)), None) for case_id, found in channels.items())
+
+
+def check_geometry(case: Case) -> None:
+    """All channels of a case must lie on the grid of its first; InputError naming case, file and both values."""
+    first = read_header(case.images[0])
+    for path in case.images[1:]:
+        header = read_header(path)
+        if header.shape != first.shape:
+            raise InputError(f"case {case.id}: {path} has {header.shape} voxels, its channel 0 has {first.shape}; "
+                             "resample the channels to one grid")
+        off = geometry_difference(first, header)
+        if off > GEOMETRY_TOLERANCE * min(first.spacing):
+            raise InputError(f"case {case.id}: {path} has another affine (spacing, origin or direction) than its "
+                             f"channel 0, up to {off:.3g} mm off; resample the channels to one grid, or copy the header if the "
+                             "voxels already agree")
+
+
+def _write_probabilities(path: Path, probabilities: np.ndarray) -> None:
+    temporary = path.with_name(f".{path.stem}.tmp.npz")
+    np.savez_compressed(temporary, probabilities=probabilities)
+    os.replace(temporary, path)

@@ -1,0 +1,211 @@
+"""Whole predictions: the frame of the original image, folders, bad input, and nnU-Net's own segmentations."""
+
+import numpy as np
+import pytest
+from jax import random
+from jax.tree_util import tree_map
+
+from pgps_jax.data.dataset import Labels
+from pgps_jax.data.nifti import Volume, read_volume, write_volume
+from pgps_jax.data.plan import Plan
+from pgps_jax.errors import InputError
+from pgps_jax.infer.predict import find_cases, make_predictor, network_function, predict_folder
+
+
+def image(shape=(11, 14, 9), seed=0):
+    """Zero border of different widths, and inside three plateaus in blocks of two voxels."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.choice([20.0, 80.0, 140.0], size=[n // 2 + 1 for n in shape])
+    x = blocks.repeat(2, 0).repeat(2, 1).repeat(2, 2)[: shape[0], : shape[1], : shape[2]].astype(np.float32)
+    x[:2], x[:, -3:], x[:, :, :1] = 0, 0, 0
+    return x
+
+
+def expected(x):
+    return np.select([x > 100, x > 50], [2, 1], 0)
+
+
+def volume(x, spacing=(1.0, 1.0, 1.0)):
+    return Volume(x, spacing, np.diag([*spacing[::-1], 1.0]))
+
+
+AFFINE = np.array([[-0.9, 0, 0, 10], [0, 1.1, 0, -5], [0, 0, 1.3, 2], [0, 0, 0, 1.0]])
+
+
+def write_case(folder, case, channels=1, seed=0, affine=AFFINE):
+    folder.mkdir(exist_ok=True)
+    for channel in range(channels):
+        write_volume(folder / f"{case}_{channel:04d}.nii.gz", image(seed=seed) / channels, affine)
+
+
+@pytest.mark.parametrize("transpose", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+@pytest.mark.parametrize("regions", [False, True])
+def test_labels_lie_where_the_image_is_bright_whatever_the_crop_and_the_transpose(
+    bright_is_foreground, transpose, regions
+):
+    x = image()
+    found = bright_is_foreground(transpose=transpose, regions=regions).predict_case([volume(x)])
+    np.testing.assert_array_equal(found, expected(x))
+
+
+def test_resampling_is_undone(bright_is_foreground):
+    spacing = (1.0, 0.5, 2.0)
+    x = np.full((12, 24, 8), 20.0, np.float32)
+    x[3:9, 6:18, 2:6] = 80
+    found = bright_is_foreground(spacing=(1.0, 1.0, 1.0)).predict_case([volume(x, spacing)])
+    truth = expected(x)
+    assert found.shape == x.shape
+    assert 2 * (found * truth).sum() / (found.sum() + truth.sum()) > 0.9
+    assert found[4:8, 8:16, 3:5].all() and not found[:2].any() and not found[:, :4].any() and not found[:, :, 0].any()
+
+
+def test_a_folder_gives_the_same_labels_in_the_frame_of_its_images(bright_is_foreground, tmp_path):
+    predictor = bright_is_foreground(channels=2)
+    for seed, case in enumerate(["a", "b_1", "c"]):
+        write_case(tmp_path / "in", case, channels=2, seed=seed)
+    calls = []
+    written = predict_folder(predictor, tmp_path / "in", tmp_path / "out", progress=lambda *x: calls.append(x))
+    assert [path.name for path in written] == ["a.nii.gz", "b_1.nii.gz", "c.nii.gz"]
+    assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in written)
+    for seed, path in enumerate(written):
+        label = read_volume(path)
+        np.testing.assert_array_equal(label.array, expected(image(seed=seed)))
+        np.testing.assert_allclose(label.affine, AFFINE, atol=1e-6)
+
+
+def test_existing_segmentations_are_kept_unless_told_otherwise(bright_is_foreground, tmp_path):
+    predictor = bright_is_foreground()
+    for case in "ab":
+        write_case(tmp_path / "in", case)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
+    assert [p.name for p in predict_folder(predictor, tmp_path / "in", tmp_path / "out")] == ["b.nii.gz"]
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"mine"
+    assert len(predict_folder(predictor, tmp_path / "in", tmp_path / "out", overwrite=True)) == 2
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() != b"mine"
+    assert predict_folder(predictor, tmp_path / "in", tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_saved_probabilities_agree_with_the_labels(bright_is_foreground, tmp_path, regions):
+    write_case(tmp_path / "in", "a")
+    predictor = bright_is_foreground(regions=regions, transpose=(2, 0, 1))
+    predict_folder(predictor, tmp_path / "in", tmp_path / "out", save_probabilities=True)
+    probabilities = np.load(tmp_path / "out" / "a.npz")["probabilities"]
+    truth = expected(image())
+    outside = image() == 0
+    if regions:
+        np.testing.assert_array_equal(probabilities > 0.5, [truth > 0, truth > 1])
+        assert probabilities.shape[0] == 2 and (probabilities[:, outside] < 1e-6).all()
+    else:
+        np.testing.assert_array_equal(probabilities.argmax(0), truth)
+        np.testing.assert_allclose(probabilities.sum(0), 1, rtol=1e-6)
+        assert (probabilities[0][outside] > 0.999).all()
+
+
+def fault_missing_channel(folder):
+    (folder / "b_0001.nii.gz").unlink()
+    return "case b: channel 1 .T2. is missing.*b_0001.nii.gz"
+
+
+def fault_surplus_channel(folder):
+    (folder / "b_0002.nii.gz").write_bytes((folder / "b_0001.nii.gz").read_bytes())
+    return "case b: .*b_0002.nii.gz is a channel too many"
+
+
+def fault_shape(folder):
+    write_volume(folder / "b_0001.nii.gz", image((11, 14, 10)), AFFINE)
+    return "case b: .*b_0001.nii.gz has .11, 14, 10. voxels, its channel 0 has .11, 14, 9."
+
+
+def fault_affine(folder):
+    write_volume(folder / "b_0001.nii.gz", image(), np.diag([-1, 1, 1, 1.0]) @ AFFINE)
+    return "case b: .*b_0001.nii.gz has another affine"
+
+
+def fault_unreadable(folder):
+    (folder / "b_0000.nii.gz").write_bytes(b"this is no image")
+    return "b_0000.nii.gz"
+
+
+def fault_no_images(folder):
+    for path in folder.iterdir():
+        path.rename(path.with_name(path.name.replace("_000", "-")))
+    return "no images named CASE_0000.nii.gz"
+
+
+@pytest.mark.parametrize("fault", [fault_missing_channel, fault_surplus_channel, fault_shape, fault_affine,
+                                   fault_unreadable, fault_no_images])
+def test_bad_input_is_named_before_anything_is_predicted(bright_is_foreground, tmp_path, fault):
+    for case in "ab":
+        write_case(tmp_path / "in", case, channels=2)
+    message = fault(tmp_path / "in")
+    with pytest.raises(InputError, match=message):
+        predict_folder(bright_is_foreground(channels=2), tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_are_not_finite_are_named_with_the_case(bright_is_foreground, tmp_path):
+    write_case(tmp_path / "in", "a")
+    write_case(tmp_path / "in", "b")
+    bad = image()
+    bad[5, 5, 5] = np.nan
+    write_volume(tmp_path / "in" / "b_0000.nii.gz", bad, AFFINE)
+    with pytest.raises(InputError, match=r"case b .*not finite"):
+        predict_folder(bright_is_foreground(), tmp_path / "in", tmp_path / "out")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        find_cases(tmp_path / "nowhere", ("MRI",), ".nii.gz")
+
+
+def test_a_case_needs_the_networks_channels(bright_is_foreground):
+    with pytest.raises(InputError, match="1 images given, the network takes 2 channels"):
+        bright_is_foreground(channels=2).predict_case([volume(image())])
+
+
+def random_params(plan, labels, seed=0):
+    from flax import nnx
+
+    from pgps_jax.models import build
+
+    network = build(plan.configurations["3d_fullres"].architecture, 1, labels.num_outputs, rngs=nnx.Rngs(seed))
+    return nnx.to_pure_dict(nnx.split(network, nnx.Param)[1])
+
+
+@pytest.fixture
+def small_network():
+    from .conftest import plans_json
+
+    plan = Plan.from_json(plans_json())
+    labels = Labels.from_json({"labels": {"background": 0, "a": 1, "b": 2}})
+    return plan, labels
+
+
+def test_a_planned_network_predicts_and_folds_are_averaged(small_network):
+    plan, labels = small_network
+    folds = [random_params(plan, labels, seed) for seed in (0, 1)]
+    case = volume(image())
+    predictors = [make_predictor(plan, plan.configurations["3d_fullres"], labels, ("MRI",), f, mirror=False)
+                  for f in ([folds[0]], [folds[1]], folds)]
+    raw = np.asarray(case.array)[None]
+    logits = [p.window(p.fold_params, raw) for p in predictors]
+    np.testing.assert_allclose(logits[2], (logits[0] + logits[1]) / 2, atol=1e-4)
+    assert predictors[2].predict_case([case]).shape == case.array.shape
+
+
+def test_network_function_gives_full_resolution_logits(small_network):
+    plan, labels = small_network
+    run = network_function(plan.configurations["3d_fullres"], 1, 3)
+    logits = run(random_params(plan, labels), random.normal(random.key(0), (2, 8, 8, 8, 1)))
+    assert logits.shape == (2, 8, 8, 8, 3)
+
+
+def test_weights_that_are_damaged_are_not_turned_into_labels(small_network):
+    plan, labels = small_network
+    broken = tree_map(lambda x: x * np.nan, random_params(plan, labels))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        make_predictor(plan, plan.configurations["3d_fullres"], labels, ("MRI",), [broken]).predict_case(
+            [volume(image())])
