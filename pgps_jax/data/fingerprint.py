@@ -1,9 +1,9 @@
 """Measure a dataset: shapes, spacings and intensities inside the labelled structures, as nnU-Net's fingerprint.
 
-nnU-Net draws the same number of foreground voxels from every case, with replacement (10^8 in all, which fills gigabytes),
-and takes the statistics of what it drew. So every case counts the same, however large its structures. Here nothing is
-drawn: mean, standard deviation and extremes use all voxels with those weights, and percentiles all voxels of small cases
-and evenly spaced ranks of large ones. That is what nnU-Net's numbers tend to; they agree to 1e-3.
+nnU-Net draws the same number of foreground voxels from every case, with replacement (10^8 in all, which fills
+gigabytes), and takes the statistics of what it drew. So every case counts the same, however large its structures. Here
+nothing is drawn: mean, standard deviation and extremes use all voxels with those weights, and percentiles all voxels of
+small cases and evenly spaced ranks of large ones. That is what nnU-Net's numbers tend to; they agree to 1e-3.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Fingerprint:
 
     spacings: tuple[tuple[float, float, float], ...]  # mm, one per case
     shapes_after_crop: tuple[tuple[int, int, int], ...]
-    intensity_properties: dict[str, dict[str, float]]  # channel number as text -> mean, median, std, min, max, percentiles
+    intensity_properties: dict[str, dict[str, float]]  # channel number as text -> mean, median, ...
     median_relative_size_after_cropping: float  # voxels left by the crop to non-zero / all voxels
 
     def to_json(self) -> dict:
@@ -49,7 +49,7 @@ class Fingerprint:
                 float(content["median_relative_size_after_cropping"]),
             )
         except KeyError as key:
-            raise InputError(f"dataset_fingerprint.json: the key {key} is missing; delete the file and plan again") from None
+            raise InputError(f"dataset_fingerprint.json: the key {key} is missing; plan again without it") from None
 
 
 class Intensities(NamedTuple):
@@ -120,7 +120,7 @@ def pooled_statistics(cases: list[Intensities], channel_name: str) -> dict[str, 
     """Statistics over cases that all weigh the same; cases without foreground do not take part."""
     cases = [case for case in cases if case.count]
     if not cases:
-        raise InputError(f"channel {channel_name}: no case has a labelled voxel; a dataset needs labels above background")
+        raise InputError(f"channel {channel_name}: no case has a labelled voxel; at least one must have some")
     means = np.array([case.mean for case in cases])
     mean = means.mean()
     variance = np.mean([case.std**2 for case in cases]) + np.mean((means - mean) ** 2)
