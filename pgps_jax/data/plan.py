@@ -193,7 +193,7 @@ def _inherited(name: str, entries: dict[str, dict], slice_spacing: float) -> Con
 
 
 def configuration_from_json(name: str, entry: dict, slice_spacing: float = 1.0) -> Configuration:
-    """Configuration of an entry of plans.json, inheritance resolved; `slice_spacing` (mm) is that of 2D's first axis."""
+    """Configuration of an entry of plans.json, inherited keys included; `slice_spacing` (mm) is for 2D's first axis."""
     try:
         patch = entry["patch_size"]
         is_2d = len(patch) == 2
