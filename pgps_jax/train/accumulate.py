@@ -1,0 +1,50 @@
+"""Gradients of a batch that does not fit the device at once, computed chunk by chunk with the numbers of the whole batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+
+def accumulated_value_and_grad(
+    forward: Callable[[PyTree, Float[Array, "b d h w c"]], PyTree],
+    loss: Callable[[PyTree], Float[Array, ""]],
+    params: PyTree,
+    images: Float[Array, "b d h w c"],
+    chunks: int,
+) -> tuple[Float[Array, ""], PyTree]:
+    """`jax.value_and_grad(lambda p: loss(forward(p, images)))(params)` with the activations of one chunk at a time.
+
+    Averaging the gradients of chunks would be wrong for losses that do not split over the batch (Dice over the whole
+    batch, means over the voxels without ignored ones). So the chunks' logits are computed first, keeping nothing else;
+    the loss of all of them gives each chunk's share of the gradient, which a second pass takes back to the parameters.
+    That is right for every loss, and costs one forward pass more. The chunks are unrolled: XLA's fast convolutions on
+    CPU are not found inside loops.
+
+    Args:
+        forward: network; leaves of its result have the batch first.
+        loss: function of the results for the whole batch.
+        chunks: must divide the batch.
+
+    Raises ValueError if it does not.
+    """
+    if len(images) % chunks:
+        raise ValueError(f"a batch of {len(images)} cannot be cut into {chunks} equal chunks")
+    parts = jnp.split(images, chunks)
+    results = []
+    for part in parts:
+        if results:  # one chunk after the other: the barrier makes this one depend on the last one's result
+            part, results[-1] = jax.lax.optimization_barrier((part, results[-1]))
+        results.append(forward(params, part))
+    value, cotangents = jax.value_and_grad(loss)(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results))
+
+    total = jax.tree.map(jnp.zeros_like, params)
+    size = len(images) // chunks
+    for i, part in enumerate(parts):
+        # without the barrier XLA would notice that it has been here before, and keep the activations after all
+        part, cotangents, total = jax.lax.optimization_barrier((part, cotangents, total))
+        mine = jax.tree.map(lambda leaf, i=i: leaf[i * size : (i + 1) * size], cotangents)
+        _, pull_back = jax.vjp(lambda p, part=part: forward(p, part), params)
+        total = jax.tree.map(jnp.add, total, pull_back(mine)[0])
+    return value, total
