@@ -7,7 +7,7 @@ Two things are done differently from nnU-Net because they are many times faster 
 * A label map is interpolated only where the neighbours of an output voxel disagree, whatever the number of labels.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,8 @@ Spacing = tuple[float | int, float | int, float | int]  # mm
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # half-open [low, high) per axis
 
 ANISOTROPY_THRESHOLD = 3.0  # largest / smallest spacing above which slices are resampled one by one
-_BAND_TOLERANCE = 1e-9  # spline weights below it are dropped; float32 cannot see them
+_BAND_TOLERANCE = 1e-10  # spline weights below it are dropped; float32 cannot see them
+_PIECE = 2**17  # numbers that are worked on at once: 1 MiB in float64
 _BLOCK = 64  # output positions per matrix product: small enough that the band is narrow, large enough for BLAS
 
 
@@ -147,7 +148,7 @@ def resample_image(
     """Resample channels to `new_shape` with splines of the given order (3 cubic, 1 linear), clipped to the old range.
 
     Coordinates are half-pixel centred, edges are repeated. With one coarse axis (`coarse_axis`) every slice is
-    resampled in its plane and slices are taken by nearest neighbour. Computed in float32.
+    resampled in its plane and slices are taken by nearest neighbour. Computed in float64 and rounded to float32.
     """
     if image.shape[1:] == tuple(new_shape):
         return image
@@ -186,29 +187,53 @@ def _clip(volume: np.ndarray, lowest, highest) -> np.ndarray:
 
 
 def _resample_axes(volume: np.ndarray, new_shape: Size, order: int) -> np.ndarray:
-    """Apply each axis' operator in turn, shrinking axes first: they make the rest cheaper. Never returns the input."""
+    """A new float32 volume; the work is done in float64 on pieces that fit the cache, and starts where it shrinks."""
+    along_depth, in_plane = partial(_along_depth, new_depth=new_shape[0]), partial(_in_plane, new_plane=new_shape[1:])
+    steps = (along_depth, in_plane) if new_shape[0] < len(volume) else (in_plane, along_depth)
     result = volume
-    for axis in sorted(range(3), key=lambda a: new_shape[a] / volume.shape[a]):
-        if result.shape[axis] == new_shape[axis]:
-            continue
-        shape = list(result.shape)
-        shape[axis] = new_shape[axis]
-        out = np.empty(shape, np.float32)
-        for rows, columns, weights in _operator(result.shape[axis], new_shape[axis], order):
-            if axis == 0:
-                n = columns.stop - columns.start
-                np.matmul(weights, result[columns].reshape(n, -1), out=out[rows].reshape(len(weights), -1))
-            elif axis == 1:
-                np.matmul(weights, result[:, columns], out=out[:, rows])
-            else:
-                np.matmul(result[:, :, columns], weights.T, out=out[:, :, rows])
-        result = out
+    for step in steps:
+        result = step(result, order=order)
     return volume.copy() if result is volume else result
+
+
+def _in_plane(volume: np.ndarray, new_plane: tuple[int, int], order: int) -> np.ndarray:
+    if volume.shape[1:] == new_plane:
+        return volume
+    out = np.empty((len(volume), *new_plane), np.float32)
+    thickness = max(1, _PIECE // (volume.shape[1] * volume.shape[2]))
+    for start in range(0, len(volume), thickness):
+        piece = volume[start : start + thickness].astype(np.float64)
+        if piece.shape[1] != new_plane[0]:
+            resized = np.empty((len(piece), new_plane[0], piece.shape[2]))
+            for rows, columns, weights in _operator(piece.shape[1], new_plane[0], order):
+                np.matmul(weights, piece[:, columns], out=resized[:, rows])
+            piece = resized
+        if piece.shape[2] != new_plane[1]:
+            resized = np.empty((len(piece), *new_plane))
+            for rows, columns, weights in _operator(piece.shape[2], new_plane[1], order):
+                np.matmul(piece[:, :, columns], weights.T, out=resized[:, :, rows])
+            piece = resized
+        out[start : start + thickness] = piece
+    return out
+
+
+def _along_depth(volume: np.ndarray, new_depth: int, order: int) -> np.ndarray:
+    depth, *plane = volume.shape
+    if depth == new_depth:
+        return volume
+    lines = volume.reshape(depth, -1)
+    out = np.empty((new_depth, lines.shape[1]), np.float32)
+    width = max(1, _PIECE // depth)
+    for start in range(0, lines.shape[1], width):
+        piece = lines[:, start : start + width].astype(np.float64)
+        for rows, columns, weights in _operator(depth, new_depth, order):
+            out[rows, start : start + width] = weights @ piece[columns]
+    return out.reshape(new_depth, *plane)
 
 
 @lru_cache(maxsize=32)
 def _operator(size: int, new_size: int, order: int) -> tuple[tuple[slice, slice, np.ndarray], ...]:
-    """Resampling of one axis as blocks (output positions, input positions, float32 weights) of a banded matrix."""
+    """Resampling of one axis as blocks (output positions, input positions, weights) of a banded matrix."""
     matrix = ndimage.zoom(np.eye(size), (new_size / size, 1), order=order, mode="nearest", grid_mode=True)
     matrix[np.abs(matrix) < _BAND_TOLERANCE] = 0
     blocks = []
@@ -216,7 +241,7 @@ def _operator(size: int, new_size: int, order: int) -> tuple[tuple[slice, slice,
         rows = slice(start, min(start + _BLOCK, new_size))
         used = np.flatnonzero(matrix[rows].any(axis=0))
         columns = slice(int(used[0]), int(used[-1]) + 1)
-        blocks.append((rows, columns, np.ascontiguousarray(matrix[rows, columns], np.float32)))
+        blocks.append((rows, columns, np.ascontiguousarray(matrix[rows, columns])))
     return tuple(blocks)
 
 

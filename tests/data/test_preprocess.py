@@ -1,0 +1,279 @@
+"""Whole preprocessing against nnU-Net's results, and what happens to a dataset when something goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pgps_jax.data import preprocess
+from pgps_jax.data.dataset import Labels, RawCase, open_dataset, read_case
+from pgps_jax.data.nifti import write_volume
+from pgps_jax.data.plan import Plan
+from pgps_jax.data.preprocess import preprocess_case, preprocess_dataset, sample_locations
+from pgps_jax.data.store import CaseStore, Preprocessed
+from pgps_jax.errors import InputError
+
+
+def make_plan(spacing, schemes, use_mask, intensities, transpose=(0, 1, 2), patch=(16, 16, 16)) -> Plan:
+    """A plan of which only what preprocessing needs is meaningful."""
+    kwargs = {"order": 3, "order_z": 0, "force_separate_z": None}
+    configuration = {
+        "data_identifier": "nnUNetPlans_3d_fullres",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": list(patch),
+        "median_image_size_in_voxels": [20.0] * len(patch),
+        "spacing": list(spacing),
+        "normalization_schemes": list(schemes),
+        "use_mask_for_norm": list(use_mask),
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": {"is_seg": False, **kwargs},
+        "resampling_fn_seg_kwargs": {"is_seg": True, **kwargs, "order": 1},
+        "resampling_fn_probabilities_kwargs": {"is_seg": False, **kwargs, "order": 1},
+        "architecture": {
+            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "arch_kwargs": {
+                "n_stages": 2,
+                "features_per_stage": [4, 8],
+                "conv_op": f"torch.nn.modules.conv.Conv{len(patch)}d",
+                "kernel_sizes": [[3] * len(patch)] * 2,
+                "strides": [[1] * len(patch), [2] * len(patch)],
+                "n_conv_per_stage": [2, 2],
+                "n_conv_per_stage_decoder": [2],
+                "conv_bias": True,
+                "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{len(patch)}d",
+                "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+                "dropout_op": None,
+                "dropout_op_kwargs": None,
+                "nonlin": "torch.nn.LeakyReLU",
+                "nonlin_kwargs": {"inplace": True},
+            },
+            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        },
+        "batch_dice": False,
+    }
+    content = {
+        "dataset_name": "Dataset001_Test",
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": list(spacing)[-3:],
+        "original_median_shape_after_transp": [20, 20, 20],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": list(transpose),
+        "transpose_backward": np.argsort(transpose).tolist(),
+        "configurations": {"3d_fullres": configuration},
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": intensities,
+    }
+    return Plan.from_json(content)
+
+
+def labels_of(*names, **more) -> Labels:
+    return Labels.from_json({"labels": {"background": 0, **{name: i + 1 for i, name in enumerate(names)}, **more}})
+
+
+def check_against_peer(case: Preprocessed, arrays: dict, sidecar: dict) -> None:
+    stored = sidecar["stored_region"]
+    region = (slice(None),) * 4 if stored == "full arrays" else (slice(None), *(slice(a, b) for a, b in stored))
+    assert list(case.image.shape) == sidecar["full_data"]["shape"] and case.image.dtype == np.float32
+    np.testing.assert_allclose(case.image[region], arrays["data"], rtol=1e-7, atol=2e-5)
+    assert case.image.sum(dtype=np.float64) == pytest.approx(sidecar["full_data"]["sum"], rel=1e-4, abs=0.5)
+    assert case.seg.dtype == np.int16
+    np.testing.assert_array_equal(case.seg[region], arrays["seg"])
+    values, counts = np.unique(case.seg, return_counts=True)
+    assert dict(zip(map(str, values), counts, strict=True)) == sidecar["full_seg"]["label_counts"]
+    peers = sidecar["properties"]
+    for key in ("shape_before_cropping", "bbox_used_for_cropping", "shape_after_cropping_and_before_resampling"):
+        assert case.properties[key] == peers[key]
+    assert case.properties["spacing"] == pytest.approx(peers["spacing"])
+    assert {str(k): len(v) for k, v in case.locations.items()} == peers["class_locations_counts"]
+    for label, voxels in case.locations.items():  # even the same voxels in the same order
+        np.testing.assert_array_equal(voxels[:3], np.array(peers["class_locations_first_rows"][str(label)])[:, 1:])
+    json.dumps(case.properties)
+
+
+@pytest.mark.parametrize("name", ["anisotropic_masked", "isotropic_transposed"])
+def test_a_synthetic_case_comes_out_as_from_nnunet(golden, name):
+    arrays, sidecar = golden(f"preprocess/case_{name}")
+    raw, about = golden(f"preprocess/case_{name}_input")
+    plan = make_plan(
+        sidecar["target_spacing"], sidecar["normalization_schemes"], sidecar["use_mask_for_norm"],
+        sidecar["intensity_properties"], sidecar["transpose_forward"],
+    )  # fmt: skip
+    image = np.stack([raw["image_0"].T, raw["image_1"].T]).astype(np.float32)
+    spacing = tuple(float(np.float32(zoom)) for zoom in about["zooms_xyz"][::-1])
+    case = RawCase(image, raw["label"].T[None].astype(np.int16), spacing, np.eye(4))
+    labels = labels_of(*"abc"[: len(sidecar["properties"]["class_locations_counts"])])
+    check_against_peer(preprocess_case(case, plan, plan.configurations["3d_fullres"], labels), arrays, sidecar)
+
+
+REAL = {
+    "Hippocampus": ("Dataset004_Hippocampus", ["hippocampus_160", "hippocampus_225", "hippocampus_243"]),
+    "SarcomaPETCT": ("Dataset101_SarcomaPETCT", ["STS_019", "STS_025", "STS_042", "other_spacing_isotropic"]),
+    "SunnybrookCMR": (
+        "Dataset102_Sunnybrook", ["SC-HF-NI-14_ph03", "SC-HYP-01_ph08", "SC-HYP-11_ph07", "other_spacing_separate_z"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "case_id"), [(name, case) for name in REAL for case in REAL[name][1]])
+def test_a_real_case_comes_out_as_from_nnunet(real_data, real_parity, name, case_id):
+    folder = real_parity / "preprocess" / REAL[name][0]
+    sidecar = json.loads((folder / f"{case_id}.json").read_text())
+    content = json.loads((real_parity / "plans" / REAL[name][0] / "nnUNetPlans.json").read_text())
+    content["configurations"]["3d_fullres"]["spacing"] = sidecar["target_spacing"]
+    plan = Plan.from_json(content)
+    dataset = open_dataset(real_data / name)
+    (case,) = [case for case in dataset.cases if case.id == sidecar.get("source_case", case_id)]
+    made = preprocess_case(
+        read_case(case, dataset.labels), plan, plan.configurations["3d_fullres"], dataset.labels
+    )
+    check_against_peer(made, dict(np.load(folder / f"{case_id}.npz")), sidecar)
+
+
+def test_a_2d_configuration_keeps_the_slices():
+    plan = make_plan((2.0, 0.5), ["NoNormalization"], [False], {}, patch=(16, 16))
+    image = np.ones((1, 5, 20, 20), np.float32)
+    raw = RawCase(image, np.zeros((1, 5, 20, 20), np.int16), (1.0, 1.0, 1.0), np.eye(4))
+    (configuration,) = plan.configurations.values()
+    assert preprocess_case(raw, plan, configuration, labels_of("a")).image.shape == (1, 5, 10, 40)
+
+
+def test_a_case_without_labels_is_marked_outside_only():
+    plan = make_plan((1.0, 1.0, 1.0), ["NoNormalization"], [False], {})
+    image = np.zeros((1, 6, 7, 8), np.float32)
+    image[0, 1:5, 2:5, 3] = image[0, 1, 2, 4] = 1
+    raw = RawCase(image, None, (1.0, 1.0, 1.0), np.eye(4))
+    made = preprocess_case(raw, plan, plan.configurations["3d_fullres"], labels_of("a"))
+    np.testing.assert_array_equal(made.seg[0], np.where(image[0, 1:5, 2:5, 3:5] > 0, 0, -1))
+    assert made.locations[1].shape == (0, 3)
+
+
+def test_locations_are_bounded_true_and_the_same_every_time():
+    seg = np.random.default_rng(0).integers(-1, 4, (1, 60, 130, 300)).astype(np.int16)
+    labels = Labels.from_json(
+        {"labels": {"background": 0, "both": [1, 2], "two": 2, "ignore": 3}, "regions_class_order": [1, 2]}
+    )
+    locations = sample_locations(seg, labels)
+    assert list(locations) == [(-1, 0, 1, 2), (1, 2), 2]
+    for label, voxels in locations.items():
+        total = np.isin(seg, label).sum()
+        assert len(voxels) == max(min(10_000, total), int(np.ceil(0.01 * total)))
+        assert len(np.unique(voxels, axis=0)) == len(voxels) and voxels.dtype == np.int32
+        assert np.isin(seg[0][tuple(voxels.T)], label).all()
+    again = sample_locations(seg, labels)
+    assert all(np.array_equal(again[label], voxels) for label, voxels in locations.items())
+    assert len(locations[(-1, 0, 1, 2)]) > 10_000  # one in a hundred of a large class
+
+
+# ----------------------------------------------------------------------------------------------------------- datasets
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    folder = tmp_path / "Dataset001_Test"
+    rng = np.random.default_rng(0)
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    for i in range(4):
+        write_volume(folder / "imagesTr" / f"case_{i}_0000.nii.gz", rng.normal(5, 1, (8, 9, 10 + i)), np.eye(4))
+        write_volume(folder / "labelsTr" / f"case_{i}.nii.gz", rng.integers(0, 3, (8, 9, 10 + i)), np.eye(4))
+    content = {
+        "channel_names": {"0": "MR"},
+        "labels": {"background": 0, "a": 1, "b": 2},
+        "numTraining": 4,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return open_dataset(folder)
+
+
+PLAN = make_plan((1.0, 1.0, 1.0), ["ZScoreNormalization"], [False], {}, patch=(8, 8, 8))
+CONFIGURATION = PLAN.configurations["3d_fullres"]
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_processes_store_what_one_process_stores_and_a_restart_does_nothing_twice(dataset, tmp_path, monkeypatch):
+    seen, alone = [], []
+    preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path / "two", 2, lambda *counts: seen.append(counts))
+    assert seen == [(i, 4) for i in range(5)]
+    assert "OMP_NUM_THREADS" not in os.environ
+    preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path / "one", 1)
+    two, one = CaseStore(tmp_path / "two"), CaseStore(tmp_path / "one")
+    assert two.ids == one.ids == tuple(f"case_{i}" for i in range(4))
+    for case in two.ids:
+        np.testing.assert_array_equal(two.open(case).image[:], one.open(case).image[:])
+        np.testing.assert_array_equal(two.open(case).seg[:], one.open(case).seg[:])
+        np.testing.assert_array_equal(two.open(case).locations[2], one.open(case).locations[2])
+
+    before = times(tmp_path / "one")
+    (tmp_path / "one" / "properties" / "case_2.json").unlink()
+    preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path / "one", 1, lambda *counts: alone.append(counts))
+    assert alone == [(3, 4), (4, 4)]
+    changed = {name for name, time in times(tmp_path / "one").items() if before.get(name) != time}
+    assert changed == {"case_2.b2nd", "case_2_seg.b2nd", "case_2_locations.npy", "case_2.json"}
+
+
+def test_a_changed_plan_or_file_redoes_what_depends_on_it(dataset, tmp_path):
+    store = tmp_path / "store"
+    preprocess_dataset(dataset, PLAN, CONFIGURATION, store, 1)
+    before = times(store)
+    write_volume(dataset.cases[0].images[0], np.full((8, 9, 10), 3.0), np.eye(4))
+    preprocess_dataset(dataset, PLAN, CONFIGURATION, store, 1)
+    changed = {name for name, time in times(store).items() if before[name] != time}
+    assert changed == {"case_0.b2nd", "case_0_seg.b2nd", "case_0_locations.npy", "case_0.json"}
+    other = make_plan((2.0, 2.0, 2.0), ["ZScoreNormalization"], [False], {}, patch=(8, 8, 8))
+    preprocess_dataset(dataset, other, other.configurations["3d_fullres"], store, 1)
+    assert CaseStore(store).open("case_1").image.shape == (1, 4, 4, 6)
+
+
+def test_cases_that_nnunet_stored_are_left_alone(dataset, tmp_path):
+    (tmp_path / "case_1.pkl").write_bytes(b"nnU-Net's")
+    preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path, 1)
+    assert (tmp_path / "case_1.pkl").read_bytes() == b"nnU-Net's" and not (tmp_path / "case_1.b2nd").exists()
+    assert CaseStore(tmp_path).ids == ("case_0", "case_2", "case_3")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_faulty_case_is_named_and_the_others_are_stored(dataset, tmp_path, workers):
+    damaged = dataset.cases[2].label
+    write_volume(damaged, np.full((8, 9, 12), 7), np.eye(4))
+    with pytest.raises(InputError, match=r"1 of 4 cases .*case_2\.nii\.gz"):
+        preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path / "store", workers)
+    assert CaseStore(tmp_path / "store").ids == ("case_0", "case_1", "case_3")
+    assert not list((tmp_path / "store").rglob("*.tmp"))
+
+
+def test_too_little_space_is_said_before_any_work(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocess.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match="free some space"):
+        preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path / "store", 1)
+    assert not list((tmp_path / "store").iterdir())
+
+
+def test_a_full_disk_is_an_input_error_and_a_bug_is_not(dataset, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(preprocess.errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(preprocess, "write_case", full)
+    with pytest.raises(InputError, match=r"Case case_0 .*is full"):
+        preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path / "store", 1)
+    monkeypatch.setattr(preprocess, "write_case", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path / "store", 1)
+    assert "case_0" in error.value.__notes__[0]
+
+
+def test_worker_processes_do_not_import_jax():
+    code = "import sys, pgps_jax.data.preprocess as p; print(p.__name__, 'jax' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["pgps_jax.data.preprocess", "False"]
