@@ -18,6 +18,7 @@ from pgps_jax.data.dataset import Label, Labels, default_workers
 from pgps_jax.data.nifti import NIFTI_ENDINGS, SITK_ENDINGS, read_volume
 from pgps_jax.errors import InputError
 from pgps_jax.evaluate.metrics import Metrics, overlap_metrics
+from pgps_jax.evaluate.surface import lesion_metrics, surface_metrics
 
 ENDINGS = NIFTI_ENDINGS + SITK_ENDINGS
 
@@ -29,6 +30,8 @@ def evaluate_folder(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     output: Path | None = None,
+    surface_tolerance: float | None = None,
+    lesions: bool = False,
 ) -> dict:
     """Compare every predicted file with the reference of the same name and write `summary.json`.
 
@@ -41,12 +44,15 @@ def evaluate_folder(
         workers: threads; default one per core.
         progress: called with (cases done, cases in all) after each case.
         output: where to write; default `predictions/summary.json`.
+        surface_tolerance: mm; adds HD95, ASSD and NSD at this tolerance (`surface_metrics`).
+        lesions: adds the F1 score over connected components (`lesion_metrics`).
 
     Returns:
         what was written; see `summarise`.
 
     Raises:
-        InputError: no predictions, a missing or unreadable file, differing shapes, or values that are no labels.
+        InputError: no predictions, a missing or unreadable file, differing shapes, values that are no labels, or the
+            library for surface distances is not installed.
     """
     predictions = Path(predictions)
     pairs = match_files(predictions, references)
@@ -54,7 +60,7 @@ def evaluate_folder(
     labels = labels.in_files
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         results = []
-        for result in pool.map(lambda pair: _evaluate_case(*pair, labels), pairs):
+        for result in pool.map(lambda pair: _evaluate_case(*pair, labels, surface_tolerance, lesions), pairs):
             results.append(result)
             done += 1
             if progress:
@@ -107,9 +113,17 @@ def read_label_pair(case: str, prediction: Path, reference: Path) -> tuple[np.nd
     return maps[0], maps[1], volume.spacing
 
 
-def _evaluate_case(case: str, prediction: Path, reference: Path, labels: Labels) -> dict:
-    predicted, true, _ = read_label_pair(case, prediction, reference)
-    metrics = overlap_metrics(predicted, true, labels.foreground, labels.ignore)
+def _evaluate_case(
+    case: str, prediction: Path, reference: Path, labels: Labels, surface_tolerance: float | None, lesions: bool
+) -> dict:
+    predicted, true, spacing = read_label_pair(case, prediction, reference)
+    wanted, ignore = labels.foreground, labels.ignore
+    parts = [overlap_metrics(predicted, true, wanted, ignore)]
+    if surface_tolerance is not None:
+        parts.append(surface_metrics(predicted, true, wanted, spacing, surface_tolerance, ignore))
+    if lesions:
+        parts.append(lesion_metrics(predicted, true, wanted, ignore))
+    metrics = {label: {name: value for part in parts for name, value in part[label].items()} for label in wanted}
     return {"metrics": metrics, "prediction_file": str(prediction), "reference_file": str(reference)}
 
 
@@ -117,7 +131,8 @@ def summarise(cases: Sequence[dict], labels: Sequence[Label]) -> dict:
     """Averages over cases in the schema of nnU-Net's summary.json.
 
     Args:
-        cases: one dictionary per case with `metrics` (of `overlap_metrics`), `prediction_file`, `reference_file`.
+        cases: one dictionary per case with `metrics` (of `overlap_metrics` and others), `prediction_file`,
+            `reference_file`.
 
     Returns:
         nnU-Net's `mean` (per label over the cases that are not NaN), `foreground_mean` (over labels; NaN if any label
