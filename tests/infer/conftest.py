@@ -66,6 +66,12 @@ def plans_json(spacing=(1.0, 1.0, 1.0), transpose=(0, 1, 2), channels=1) -> dict
 
 
 @pytest.fixture
+def small_plans() -> dict:
+    """plans.json of a small network."""
+    return plans_json()
+
+
+@pytest.fixture
 def bright_is_foreground():
     """Maker of predictors whose network gives label 1 above 50, label 2 above 100 (sum of the channels)."""
 

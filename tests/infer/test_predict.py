@@ -1,15 +1,20 @@
 """Whole predictions: the frame of the original image, folders, bad input, and nnU-Net's own segmentations."""
 
+from dataclasses import replace
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import random
+from flax import nnx
 from jax.tree_util import tree_map
 
 from pgps_jax.data.dataset import Labels
-from pgps_jax.data.nifti import Volume, read_volume, write_volume
+from pgps_jax.data.nifti import Volume, read_volume, reorient, write_volume
 from pgps_jax.data.plan import Plan
 from pgps_jax.errors import InputError
-from pgps_jax.infer.predict import find_cases, make_predictor, network_function, predict_folder
+from pgps_jax.infer.predict import find_cases, make_predictor, predict_folder
+from pgps_jax.infer.sliding_window import SlidingWindow
+from pgps_jax.models import build
 
 
 def image(shape=(11, 14, 9), seed=0):
@@ -29,7 +34,7 @@ def volume(x, spacing=(1.0, 1.0, 1.0)):
     return Volume(x, spacing, np.diag([*spacing[::-1], 1.0]))
 
 
-AFFINE = np.array([[-0.9, 0, 0, 10], [0, 1.1, 0, -5], [0, 0, 1.3, 2], [0, 0, 0, 1.0]])
+AFFINE = np.array([[-1, 0, 0, 10], [0, 1, 0, -5.5], [0, 0, 1, 2], [0, 0, 0, 1.0]])
 
 
 def write_case(folder, case, channels=1, seed=0, affine=AFFINE):
@@ -72,6 +77,30 @@ def test_a_folder_gives_the_same_labels_in_the_frame_of_its_images(bright_is_for
         label = read_volume(path)
         np.testing.assert_array_equal(label.array, expected(image(seed=seed)))
         np.testing.assert_allclose(label.affine, AFFINE, atol=1e-6)
+
+
+def test_images_of_another_orientation_are_turned_to_the_trainings_and_labels_back(bright_is_foreground, tmp_path):
+    def network(params, tiles):
+        ramp = 10 * np.arange(8, dtype=np.float32)[:, None, None]  # to this network up and down differ
+        return jnp.stack([jnp.zeros_like(tiles[..., 0]) + 60, tiles[..., 0] + ramp], -1)
+
+    predictor = bright_is_foreground()
+    labels = Labels.from_json({"labels": {"background": 0, "bright": 1}})
+    predictor = replace(predictor, labels=labels, window=SlidingWindow(network, (8, 8, 8), 2), orientation="LAS")
+    x = image()
+    as_trained = Volume(x, (1.0, 1.0, 1.0), AFFINE)
+    truth = predictor.predict_case([as_trained])
+    for codes in ("RAI", "SLP"):
+        turned, affine = reorient(x, AFFINE, codes)
+        found = predictor.predict_case([Volume(turned, (1.0, 1.0, 1.0), affine)])
+        np.testing.assert_array_equal(reorient(found, affine, "LAS")[0], truth)
+    ignoring = replace(predictor, orientation=None).predict_case([Volume(*reorient_volume(x, "RAI"))])
+    assert (reorient(ignoring, reorient(x, AFFINE, "RAI")[1], "LAS")[0] != truth).any(), "the example should need turning"
+
+
+def reorient_volume(x, codes):
+    turned, affine = reorient(x, AFFINE, codes)
+    return turned, (1.0, 1.0, 1.0), affine
 
 
 def test_existing_segmentations_are_kept_unless_told_otherwise(bright_is_foreground, tmp_path):
@@ -167,19 +196,16 @@ def test_a_case_needs_the_networks_channels(bright_is_foreground):
 
 
 def random_params(plan, labels, seed=0):
-    from flax import nnx
-
-    from pgps_jax.models import build
-
-    network = build(plan.configurations["3d_fullres"].architecture, 1, labels.num_outputs, rngs=nnx.Rngs(seed))
-    return nnx.to_pure_dict(nnx.split(network, nnx.Param)[1])
+    network = nnx.eval_shape(lambda: build(
+        plan.configurations["3d_fullres"].architecture, 1, labels.num_outputs, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(seed)
+    shapes = nnx.to_pure_dict(nnx.split(network, nnx.Param)[1])
+    return tree_map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
 
 @pytest.fixture
-def small_network():
-    from .conftest import plans_json
-
-    plan = Plan.from_json(plans_json())
+def small_network(small_plans):
+    plan = Plan.from_json(small_plans)
     labels = Labels.from_json({"labels": {"background": 0, "a": 1, "b": 2}})
     return plan, labels
 
@@ -188,19 +214,12 @@ def test_a_planned_network_predicts_and_folds_are_averaged(small_network):
     plan, labels = small_network
     folds = [random_params(plan, labels, seed) for seed in (0, 1)]
     case = volume(image())
-    predictors = [make_predictor(plan, plan.configurations["3d_fullres"], labels, ("MRI",), f, mirror=False)
-                  for f in ([folds[0]], [folds[1]], folds)]
+    predictor = make_predictor(plan, plan.configurations["3d_fullres"], labels, ("MRI",), folds, mirror=False)
     raw = np.asarray(case.array)[None]
-    logits = [p.window(p.fold_params, raw) for p in predictors]
-    np.testing.assert_allclose(logits[2], (logits[0] + logits[1]) / 2, atol=1e-4)
-    assert predictors[2].predict_case([case]).shape == case.array.shape
-
-
-def test_network_function_gives_full_resolution_logits(small_network):
-    plan, labels = small_network
-    run = network_function(plan.configurations["3d_fullres"], 1, 3)
-    logits = run(random_params(plan, labels), random.normal(random.key(0), (2, 8, 8, 8, 1)))
-    assert logits.shape == (2, 8, 8, 8, 3)
+    one, two, both = (predictor.window(params, raw) for params in (folds[:1], folds[1:], folds))
+    np.testing.assert_allclose(both, (one + two) / 2, atol=1e-4)
+    assert both.shape == (3, *case.array.shape) and np.abs(one - two).max() > 0.1
+    assert predictor.predict_case([case]).shape == case.array.shape
 
 
 def test_weights_that_are_damaged_are_not_turned_into_labels(small_network):
