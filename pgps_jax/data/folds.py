@@ -134,10 +134,3 @@ def cases_of_fold(folds: Sequence[Fold], case_ids: Sequence[str], fold: int | st
     if not isinstance(fold, int) or not 0 <= fold < len(folds):
         raise InputError(f"--fold {fold}: there are the folds 0 to {len(folds) - 1}, and `all`")
     return list(folds[fold]["train"]), list(folds[fold]["val"])
-
-
-def random_fold(case_ids: Sequence[str], number: int) -> Fold:
-    """nnU-Net's fold with a number beyond the split file's: 80 % of the cases drawn with seed 12345 + number."""
-    ids = np.sort(np.asarray(case_ids, dtype=str))
-    chosen = np.random.RandomState(_SEED + number).choice(len(ids), int(len(ids) * 0.8), replace=False)
-    return {"train": ids[chosen].tolist(), "val": [ids[i] for i in range(len(ids)) if i not in set(chosen.tolist())]}

@@ -1,0 +1,144 @@
+"""Volumes come back as they were written, and unreadable ones are named."""
+
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+
+from pgps_jax.data import nifti
+from pgps_jax.data.nifti import axis_codes, geometry_difference, read_channels, read_header, read_volume, reorient, write_volume
+from pgps_jax.errors import InputError
+
+OBLIQUE = np.array([[-0.9, 0.1, 0.0, 12.0], [0.1, 1.1, 0.3, -40.0], [0.0, -0.2, 2.5, 7.0], [0, 0, 0, 1]])
+
+
+def world(affine: np.ndarray, d: int, h: int, w: int) -> np.ndarray:
+    return (affine @ [w, h, d, 1])[:3]
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_written_volume_is_read_back_with_its_geometry(tmp_path, ending):
+    array = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    write_volume(tmp_path / f"x{ending}", array, OBLIQUE)
+    volume, header = read_volume(tmp_path / f"x{ending}"), read_header(tmp_path / f"x{ending}")
+    np.testing.assert_array_equal(volume.array, array)
+    assert volume.array.dtype == np.float32 and volume.array.flags.c_contiguous
+    np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-6)
+    np.testing.assert_allclose(volume.spacing, np.linalg.norm(OBLIQUE[:3, :3], axis=0)[::-1], rtol=1e-6)
+    assert header.shape == (3, 4, 5) and header.spacing == volume.spacing
+    assert [path.name for path in tmp_path.iterdir()] == [f"x{ending}"]
+
+
+def test_array_axes_are_the_files_z_y_x_and_so_is_the_spacing(tmp_path):
+    xyz = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    nibabel.save(nibabel.Nifti1Image(xyz, np.diag([1.0, 2.0, 3.0, 1.0])), tmp_path / "x.nii.gz")
+    volume = read_volume(tmp_path / "x.nii.gz")
+    assert volume.array.shape == (4, 3, 2) and volume.spacing == (3.0, 2.0, 1.0)
+    assert volume.array[3, 1, 0] == xyz[0, 1, 3]
+
+
+def test_values_are_scaled_as_the_header_says(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.float32), np.eye(4))
+    image.set_data_dtype(np.int16)
+    data = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 2, 2)
+    image = nibabel.Nifti1Image(data, np.eye(4), image.header)
+    nibabel.save(image, tmp_path / "x.nii.gz")
+    np.testing.assert_allclose(read_volume(tmp_path / "x.nii.gz").array, data.T, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "stored"),
+    [([0, 254], np.uint8), ([0, 255], np.uint16), ([0, 70000], np.int32), ([-1, 5], np.int16), ([False, True], np.uint8),
+     ([0.5, 1.0], np.float32)],
+)
+def test_the_smallest_fitting_type_is_stored(tmp_path, values, stored):
+    array = np.array(values).reshape(1, 1, 2)
+    write_volume(tmp_path / "x.nii", array, np.eye(4))
+    assert nibabel.load(tmp_path / "x.nii").get_data_dtype() == stored
+    np.testing.assert_array_equal(read_volume(tmp_path / "x.nii").array, array)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "x.nii.gz"
+    write_volume(path, np.ones((2, 2, 2), np.uint8), np.eye(4))
+
+    def full_disk(image, target):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nifti.nibabel, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_volume(path, np.zeros((2, 2, 2), np.uint8), np.eye(4))
+    assert list(tmp_path.iterdir()) == [path] and read_volume(path).array.all()
+
+
+def test_four_axes_are_refused_unless_the_fourth_is_of_length_one(tmp_path):
+    for last in (1, 2):
+        nibabel.save(nibabel.Nifti1Image(np.zeros((2, 3, 4, last), np.uint8), np.eye(4)), tmp_path / f"{last}.nii.gz")
+    assert read_volume(tmp_path / "1.nii.gz").array.shape == read_header(tmp_path / "1.nii.gz").shape == (4, 3, 2)
+    with pytest.raises(InputError, match=r"2\.nii\.gz: has 4 axes .* 3D"):
+        read_volume(tmp_path / "2.nii.gz")
+    channels, affine = read_channels(tmp_path / "2.nii.gz")
+    assert channels.shape == (2, 4, 3, 2) and channels.dtype == np.uint8 and affine.shape == (4, 4)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "text", "missing", "unknown kind", "spacing"])
+def test_what_cannot_be_read_is_named(tmp_path, fault):
+    path = tmp_path / ("x.jpg" if fault == "unknown kind" else "x.nii.gz")
+    if fault == "truncated":
+        write_volume(path, np.random.default_rng(0).normal(size=(20, 20, 20)), np.eye(4))
+        path.write_bytes(path.read_bytes()[:9000])
+    elif fault in ("text", "unknown kind"):
+        path.write_text("no volume")
+    elif fault == "spacing":
+        image = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4))
+        image.header["pixdim"][3] = np.nan
+        nibabel.save(image, path)
+    with pytest.raises(InputError, match=path.name):
+        read_volume(path)
+
+
+def test_reorienting_moves_no_voxel_in_the_world_and_can_be_undone():
+    array = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    assert axis_codes(OBLIQUE) == "LAS"
+    for codes in ("RAS", "LPS", "PIR", "SAL"):
+        turned, affine = reorient(array, OBLIQUE, codes)
+        assert axis_codes(affine) == codes
+        at = np.unravel_index(np.argmax(turned), turned.shape)
+        before = np.unravel_index(np.argmax(array), array.shape)
+        np.testing.assert_allclose(world(affine, *at), world(OBLIQUE, *before), atol=1e-9)
+        back, restored = reorient(turned, affine, "LAS")
+        np.testing.assert_array_equal(back, array)
+        np.testing.assert_allclose(restored, OBLIQUE, atol=1e-9)
+    with pytest.raises(InputError, match="orientation 'RLS'"):
+        reorient(array, OBLIQUE, "RLS")
+
+
+def test_geometry_difference_is_the_farthest_corners_in_mm():
+    first = nifti.Header((11, 11, 11), (1.0, 1.0, 1.0), np.eye(4))
+    assert geometry_difference(first, first) == 0
+    moved = np.eye(4)
+    moved[0, 3] = 2.0
+    assert geometry_difference(first, first._replace(affine=moved)) == pytest.approx(2.0)
+    flipped = np.diag([-1.0, 1.0, 1.0, 1.0])
+    assert geometry_difference(first, first._replace(affine=flipped)) == pytest.approx(20.0)
+
+
+def test_files_of_simpleitk_have_the_same_array_and_affine(tmp_path):
+    pytest.importorskip("SimpleITK", reason="SimpleITK is not installed, so .nrrd and .mha were not tried")
+    array = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    affine = np.array([[0, -2.0, 0, 3], [1.5, 0, 0, 4], [0, 0, 3.0, 5], [0, 0, 0, 1]])
+    for ending in (".nrrd", ".mha"):
+        write_volume(tmp_path / f"x{ending}", array, affine)
+        volume = read_volume(tmp_path / f"x{ending}")
+        np.testing.assert_array_equal(volume.array, array)
+        np.testing.assert_allclose(volume.affine, affine, atol=1e-9)
+        assert volume.spacing == read_header(tmp_path / f"x{ending}").spacing == (3.0, 2.0, 1.5)
+
+
+def test_without_simpleitk_its_files_are_refused_with_the_cure(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    (tmp_path / "x.nrrd").write_bytes(b"")
+    with pytest.raises(InputError, match="pip install SimpleITK"):
+        read_volume(tmp_path / "x.nrrd")
