@@ -216,10 +216,11 @@ def batch_sizes(policy: BatchPolicy, ladder: Sequence[Size], batch_size: int) ->
 
     voxel-budget (PGPS 2025): floor(batch_size * planned volume / volume). chain (PGPS 2024, PGPS+): backwards from 2
     patches of the planned size, each floor(next batch * next volume / volume), and nowhere below `batch_size`.
-    device-memory: `batch_size`, to be replaced by `with_batch_sizes` once programs have been compiled.
+    device-memory: as voxel-budget, until compiled programs tell what fits and `with_batch_sizes` replaces them; equal
+    voxels need about equal memory, so that the search begins close by.
     """
     volumes = [math.prod(patch) for patch in ladder]
-    if policy == "voxel-budget":
+    if policy in ("voxel-budget", "device-memory"):
         return tuple(batch_size * volumes[-1] // volume for volume in volumes)
     if policy == "chain":
         chain = [min(2, batch_size)]

@@ -242,6 +242,7 @@ def test_pacing_by_volume_and_by_time_weighs_steps_accordingly():
 def test_the_batch_policy_can_be_chosen_apart_from_the_mode():
     assert [s.batch_size for s in schedule("pgps", batch_policy="voxel-budget").stages][-1] == 9
     assert {s.batch_size for s in schedule("performance", batch_policy="planned").stages} == {9}
+    assert schedule("efficiency", batch_policy="device-memory").stages == schedule("performance").stages
     other = with_batch_sizes(schedule(), range(15, 0, -1))
     assert [s.batch_size for s in other.stages] == list(range(15, 0, -1))
     assert np.array_equal(other.stage_of_step, schedule().stage_of_step)

@@ -20,7 +20,7 @@ def accumulated_value_and_grad(
     batch, means over the voxels without ignored ones). So the chunks' logits are computed first, keeping nothing else;
     the loss of all of them gives each chunk's share of the gradient, which a second pass takes back to the parameters.
     That is right for every loss, and costs one forward pass more. The chunks are unrolled: XLA's fast convolutions on
-    CPU are not found inside loops.
+    CPU are not found inside loops. On CPU XLA ignores the barriers below, so there it saves little memory.
 
     Args:
         forward: network; leaves of its result have the batch first.

@@ -124,7 +124,7 @@ def choose_batch_size(
 
     Args:
         compile_at: compiles the stage's program for a batch size. XLA may itself find that it does not fit.
-        stage: the patch size in question, with the planned batch size to begin from.
+        stage: the patch size in question, with the batch size to begin from.
         budget_bytes: what a program may use on each device.
         elements_per_patch: elements of the largest activation for one patch; the batch keeps it below 2^31.
         multiple_of: number of devices that share a batch.
@@ -169,7 +169,7 @@ def choose_batch_size(
             "use fewer features, a smaller patch or a larger --memory-fraction"
         )
     why = f"limited by {limit}" if low == ceiling else f"the largest that fits {_gib(budget_bytes)}"
-    reason = f"patch {patch}: batch {low} needs {_gib(measured[low])}, {why} (planned {stage.batch_size})"
+    reason = f"patch {patch}: batch {low} needs {_gib(measured[low])}, {why} (tried {len(measured)}, first {first})"
     return BatchChoice(low, math.ceil(measured[low]), budget_bytes, reason)
 
 

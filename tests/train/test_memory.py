@@ -70,7 +70,7 @@ def test_the_largest_batch_of_a_real_program_is_found_by_compiling_three_times()
     choice = choose_batch_size(compile_at, STAGE, budget, elements_per_patch=8**3 * 4)
     assert choice.program_bytes <= budget and 22 <= choice.batch_size <= 23
     assert tried[:2] == [2, 4] and len(tried) <= 3
-    assert f"patch 8x8x8: batch {choice.batch_size} needs" in choice.reason and "planned 2" in choice.reason
+    assert f"patch 8x8x8: batch {choice.batch_size} needs" in choice.reason and "(tried 3, first 2)" in choice.reason
 
 
 @settings(deadline=None)
