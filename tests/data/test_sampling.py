@@ -1,0 +1,218 @@
+"""Where patches come from: against the rules in words, plain implementations and nnU-Net's own loader."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgps_jax.curriculum import batch_sizes
+from pgps_jax.data.sampling import (
+    SamplingConfig,
+    crops_per_case,
+    cut_crops,
+    draw_batch,
+    forced_crops,
+    place_crops,
+    start_bounds,
+)
+from pgps_jax.data.store import CaseStore, Preprocessed, StoredCase, write_case
+from pgps_jax.errors import InputError
+
+PAIRED = SamplingConfig()
+PER_CASE = SamplingConfig(scheme="per-case", foreground_fraction=0.33)
+LADDER = [(8, 8, 8), (16, 8, 8), (16, 16, 8), (16, 16, 16), (24, 16, 16), (24, 24, 16), (24, 24, 24), (32, 24, 24),
+          (32, 32, 24), (32, 32, 32), (40, 32, 32), (40, 40, 32), (40, 40, 40), (40, 48, 40), (40, 56, 40)]  # fmt: skip
+sizes = st.tuples(*[st.integers(1, 12)] * 3)
+
+
+def place(numbers, forced, shape, locations, crop, patch, config=PAIRED):
+    numbers = np.asarray(numbers, float)
+    return place_crops(numbers, np.broadcast_to(forced, len(numbers)), shape, locations, crop, patch, config)
+
+
+# Forced or not
+
+
+@pytest.mark.parametrize(
+    ("batch", "fraction", "forced"),
+    [(2, 0.33, [0, 1]), (9, 0.33, [0] * 6 + [1] * 3), (9, 0.5, [0] * 4 + [1] * 5), (3, 0.5, [0, 0, 1]), (4, 0.0, [0] * 4)],
+)
+def test_per_case_forces_the_last_crops_as_nnunet_does(batch, fraction, forced):
+    config = SamplingConfig(scheme="per-case", foreground_fraction=fraction)
+    assert forced_crops(config, batch, 2, step=0).tolist() == [bool(f) for f in forced]
+
+
+def test_paired_loads_few_cases_and_alternates_between_them_as_published():
+    assert forced_crops(PAIRED, 9, 9, 0).tolist() == [False, True] * 4 + [False]
+    assert forced_crops(PAIRED, 10, 9, 0).tolist() == [False, False, True, True] * 2 + [False, False]
+    assert forced_crops(PAIRED, 7, 2, 0).tolist() == [False] * 4 + [True] * 3
+    batches = batch_sizes("voxel-budget", LADDER, 9)
+    shares = [round(float(forced_crops(PAIRED, b, 9, 0).mean()), 4) for b in batches]
+    assert shares == [0.4444, 0.4473, 0.4478, 0.449, 0.458, 0.4598, 0.4828, 0.4651, 0.5, 0.5, 0.4737, 0.4667, 0.5, 0.4, 0.4444]
+    assert all(-(-b // crops_per_case(PAIRED, b, 9)) <= 9 for b in batches)
+
+
+def test_batches_of_a_single_case_are_forced_every_second_step():
+    for batch in (1, 5):
+        patterns = [forced_crops(PAIRED, batch, 1, step) for step in range(6)]
+        assert [p.tolist() for p in patterns] == [[bool(step % 2)] * batch for step in range(6)]
+    third = [forced_crops(SamplingConfig("per-case", 1 / 3), 1, 1, step)[0] for step in range(300)]
+    assert sum(third) == 100
+
+
+# Cases
+
+
+def test_cases_are_drawn_with_replacement_in_proportion_to_their_weights():
+    rng, weights = np.random.default_rng(0), np.array([1.0, 0.0, 2.0, 1.0])
+    batches = [draw_batch(rng, PAIRED, 8, 4, weights, step) for step in range(2000)]
+    assert all((batch.case[::2] == batch.case[1::2]).all() for batch in batches)  # two crops of each case
+    drawn = np.concatenate([batch.case[::2] for batch in batches])
+    shares = np.bincount(drawn, minlength=4) / len(drawn)
+    assert np.all(np.abs(shares - [0.25, 0, 0.5, 0.25]) <= 4 * np.sqrt(0.25 / len(drawn)))
+    assert shares[1] == 0
+    assert any(len(set(batch.case.tolist())) < 4 for batch in batches)
+
+
+def test_a_batch_depends_on_its_generator_only():
+    one, two = (draw_batch(np.random.default_rng(3), PER_CASE, 9, 2, np.ones(5), 0) for _ in range(2))
+    other = draw_batch(np.random.default_rng(4), PER_CASE, 9, 2, np.ones(5), 0)
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not np.array_equal(one.numbers, other.numbers)
+
+
+# Boxes
+
+
+@given(shape=sizes, patch=sizes, margin=st.tuples(*[st.integers(0, 5)] * 3))
+@settings(max_examples=60, deadline=None)
+def test_random_crops_reach_every_valid_corner_and_no_other(shape, patch, margin):
+    crop = tuple(p + m for p, m in zip(patch, margin, strict=True))
+    first, last = start_bounds(shape, crop, patch)
+    for axis in range(3):  # nnU-Net's rule, written out
+        need = max(margin[axis], crop[axis] - shape[axis])
+        assert (first[axis], last[axis]) == (-need // 2, shape[axis] + need // 2 + need % 2 - crop[axis])
+    n = int((last - first + 1).max())
+    numbers = np.stack([(np.arange(n) + 0.5) / n] * 5, axis=1)
+    found = place(numbers, False, shape, {}, crop, patch).start
+    assert [set(found[:, a].tolist()) for a in range(3)] == [set(range(first[a], last[a] + 1)) for a in range(3)]
+    corners = place([[0.0] * 5, [1 - 2**-53] * 5], False, shape, {}, crop, patch).start
+    assert (corners == [first, last]).all()
+
+
+@given(shape=sizes, patch=sizes, margin=st.tuples(*[st.integers(0, 5)] * 3), jitter=st.sampled_from([0.0, 0.25, 0.5]), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_forced_crops_show_their_voxel_and_every_voxel_can_be_chosen(shape, patch, margin, jitter, data):
+    crop = tuple(p + m for p, m in zip(patch, margin, strict=True))
+    voxels = np.array(list(itertools.product(*map(range, shape))), np.int32)
+    config = SamplingConfig(jitter=jitter)
+    shifts = np.array(data.draw(st.lists(st.tuples(*[st.floats(0, 1, exclude_max=True)] * 3), min_size=1, max_size=3)))
+    for shift in shifts:
+        numbers = np.column_stack([np.zeros(len(voxels)), (np.arange(len(voxels)) + 0.5) / len(voxels), np.tile(shift, (len(voxels), 1))])
+        placed = place(numbers, True, shape, {1: voxels}, crop, patch, config)
+        assert placed.label == [1] * len(voxels)
+        assert (placed.start >= start_bounds(shape, crop, patch)[0]).all()
+        inside = voxels - placed.start - np.array(crop) // 2 + np.array(patch) // 2  # within the patch that is left of the crop
+        clamped = placed.start == start_bounds(shape, crop, patch)[0]
+        assert ((inside >= 0) | clamped).all() and (inside < patch).all()
+        if not any(margin):
+            assert (inside >= 0).all()
+
+
+def test_forced_crops_are_clamped_below_but_hang_over_the_upper_border():
+    voxels = np.array([[0, 10, 19]], np.int32)
+    placed = place([[0.5] * 5], True, (20, 20, 20), {1: voxels}, (8, 8, 8), (8, 8, 8))
+    assert placed.start.tolist() == [[0, 6, 15]]
+
+
+def test_jitter_moves_forced_crops_within_its_range_and_reaches_both_ends():
+    numbers = np.random.default_rng(0).random((500, 5))
+    voxel = np.full((1, 3), 50, np.int32)
+    start = place(numbers, True, (100, 100, 100), {1: voxel}, (16, 16, 16), (16, 16, 16), SamplingConfig(jitter=0.25)).start
+    for axis in range(3):
+        assert set(start[:, axis].tolist()) == set(range(38, 47))
+    assert (np.unique(start, axis=0).shape[0]) > 300  # axes move independently
+
+
+def test_classes_are_chosen_equally_among_those_present_whatever_their_size():
+    locations = {1: np.zeros((1000, 3), np.int32), 2: np.zeros((0, 3), np.int32), (1, 3): np.ones((3, 3), np.int32)}
+    numbers = np.random.default_rng(0).random((4000, 5))
+    labels = place(numbers, True, (9, 9, 9), locations, (4, 4, 4), (4, 4, 4)).label
+    assert set(labels) == {1, (1, 3)}
+    assert abs(labels.count(1) / 4000 - 0.5) < 4 * np.sqrt(0.25 / 4000)
+
+    weighted = SamplingConfig(class_weights=(3.0, 5.0, 1.0))
+    labels = place(numbers, True, (9, 9, 9), locations, (4, 4, 4), (4, 4, 4), weighted).label
+    assert abs(labels.count(1) / 4000 - 0.75) < 4 * np.sqrt(0.1875 / 4000)
+
+
+def test_without_foreground_forced_crops_are_random_ones():
+    numbers = np.random.default_rng(0).random((50, 5))
+    empty = {1: np.zeros((0, 3), np.int32)}
+    forced, unforced = (place(numbers, f, (20, 9, 9), empty, (4, 4, 4), (4, 4, 4)) for f in (True, False))
+    assert np.array_equal(forced.start, unforced.start) and forced.label == [None] * 50
+
+
+def test_with_ignored_voxels_random_crops_are_centred_on_annotated_ones():
+    annotated, foreground = (-1, 0, 1), np.full((1, 3), 11, np.int32)
+    rows = np.array([[6, 7, 8], [9, 9, 9]], np.int32)
+    numbers = np.random.default_rng(0).random((40, 5))
+    forced = np.arange(40) >= 20
+    placed = place(numbers, forced, (20, 20, 20), {annotated: rows, 1: foreground}, (4, 4, 4), (4, 4, 4))
+    assert placed.label == [annotated] * 20 + [1] * 20
+    assert {tuple(s) for s in placed.start[:20].tolist()} == {(4, 5, 6), (7, 7, 7)}
+    assert {tuple(s) for s in placed.start[20:].tolist()} == {(9, 9, 9)}
+
+    only_background = place(numbers, True, (20, 20, 20), {annotated: rows, 1: foreground[:0]}, (4, 4, 4), (4, 4, 4))
+    assert set(only_background.label) == {annotated}
+    nothing = place(numbers, forced, (20, 20, 20), {annotated: rows[:0], 1: foreground[:0]}, (4, 4, 4), (4, 4, 4))
+    assert nothing.label == [None] * 40 and len(np.unique(nothing.start, axis=0)) > 30
+
+
+# Voxels
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, 13, 17, 11)).astype(np.float32)
+    seg = rng.integers(-1, 4, (1, 13, 17, 11)).astype(np.int16)
+    return StoredCase("case", image, seg, {}, {})
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("starts", [[[0, 0, 0]], [[-3, 2, 5], [-3, 3, 5], [9, 14, 8], [4, 5, 1]], [[6, -4, -4]] * 30])
+def test_crops_equal_those_of_a_padded_volume(case, starts, on_disk, tmp_path):
+    if on_disk:
+        write_case(tmp_path, "case", Preprocessed(case.image, case.seg, {}, {}), (8, 8, 8))
+    stored = CaseStore(tmp_path).open("case") if on_disk else case
+    pad = ((0, 0), *[(20, 20)] * 3)
+    padded, padded_seg = np.pad(case.image, pad), np.pad(case.seg, pad, constant_values=-1)
+    size, rows = (6, 9, 7), np.arange(len(starts)) + 2
+    image = np.zeros((len(starts) + 3, *size, 2), np.float32)
+    label = np.full((len(starts) + 3, *size), -1, np.int8)
+    cut_crops(stored, np.array(starts), image, label, rows)
+    for row, start in zip(rows, starts, strict=True):
+        box = (slice(None), *(slice(s + 20, s + 20 + n) for s, n in zip(start, size, strict=True)))
+        assert np.array_equal(image[row], np.moveaxis(padded[box], 0, -1))
+        assert np.array_equal(label[row], padded_seg[box][0])
+    assert not image[[0, 1, -1]].any() and (label[[0, 1, -1]] == -1).all()
+
+
+def test_float16_crops_stay_finite(case):
+    bright = case._replace(image=case.image * 1e6)
+    image, label = np.zeros((1, 6, 6, 6, 2), np.float16), np.full((1, 6, 6, 6), -1, np.int8)
+    cut_crops(bright, np.array([[2, 2, 2]]), image, label, np.array([0]))
+    assert np.isfinite(image).all() and np.abs(image).max() > 6e4
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [({"foreground_fraction": 1.2}, "foreground-fraction"), ({"jitter": 0.7}, "jitter"), ({"class_weights": (0.0, 0.0)}, "class-weights"),
+     ({"class_weights": (1.0, -1.0)}, "class-weights"), ({"case_weights": (("a", float("nan")),)}, "case-weights")],
+)
+def test_values_out_of_range_are_named(values, word):
+    with pytest.raises(InputError, match=word):
+        SamplingConfig(**values).check()
