@@ -68,7 +68,7 @@ class Plan:
     intensity_properties: dict[str, dict[str, float]]  # of the fingerprint, key = channel number as text
     configurations: dict[str, Configuration]
     original_median_spacing: Spacing | None = None  # mm, after transpose
-    original_median_shape: Size | None = None  # voxels after cropping, before resampling, after transpose
+    original_median_shape: tuple[float, float, float] | None = None  # voxels after cropping, before resampling, after transpose
     experiment_planner: str = "ExperimentPlanner"
     image_reader_writer: str = "SimpleITKIO"
     notes: tuple[str, ...] = field(default=(), compare=False)  # what overrides changed, in words; not written
@@ -95,8 +95,8 @@ class Plan:
                 intensity_properties=content.get("foreground_intensity_properties_per_channel")
                 or content.get("foreground_intensity_properties_by_modality") or {},
                 configurations={name: _inherited(name, entries, float(median[0])) for name in entries},
-                original_median_spacing=tuple(median),
-                original_median_shape=tuple(content.get("original_median_shape_after_transp") or ()) or None,
+                original_median_spacing=tuple(float(s) for s in median),
+                original_median_shape=tuple(float(n) for n in content.get("original_median_shape_after_transp") or ()) or None,
                 experiment_planner=content.get("experiment_planner_used", ""),
                 image_reader_writer=content.get("image_reader_writer", ""),
                 source={key: value for key, value in content.items() if key != "configurations"},
@@ -116,13 +116,14 @@ class Plan:
             "image_reader_writer": self.image_reader_writer,
             "transpose_forward": list(self.transpose_forward),
             "transpose_backward": list(self.transpose_backward),
-            "configurations": {},
+            "configurations": {},  # filled below
             "experiment_planner_used": self.experiment_planner,
             "label_manager": self.source.get("label_manager", "LabelManager"),
             "foreground_intensity_properties_per_channel": self.intensity_properties,
         }
-        if self.source:  # keep what the file did not have absent
-            known = {k: v for k, v in known.items() if k in self.source or k == "configurations"}
+        if self.source:  # what the file did not have stays absent, and equal numbers as they were written
+            known = {k: self.source[k] if self.source.get(k) == v else v for k, v in known.items() if k in self.source}
+        known["configurations"] = {}
         whole = {name: configuration.to_json() for name, configuration in self.configurations.items()}
         for name, entry in whole.items():
             parent = entry.get("inherits_from")
@@ -219,7 +220,7 @@ def configuration_from_json(name: str, entry: dict, slice_spacing: float = 1.0) 
         raise InputError(f"plans: configuration {name!r} has a value of an unexpected form ({error})") from None
 
 
-def _three(values: list, lead: float, kind: type) -> tuple:
+def _three(values: list, lead: float | int, kind: type) -> tuple:
     numbers = tuple(kind(v) for v in values)
     if len(numbers) not in (2, 3):
         raise ValueError(f"{values}: want 2 or 3 numbers")

@@ -148,7 +148,7 @@ def target_spacing(fingerprint: Fingerprint) -> Spacing:
 # ---------------------------------------------------------------------------------------------------- network topology
 
 
-def plan_topology(spacing: Sequence[float], patch_size: Sequence[float]) -> Topology:
+def plan_topology(spacing: Sequence[float | int] | np.ndarray, patch_size: Sequence[float | int] | np.ndarray) -> Topology:
     """Halve the finest axes until a bottleneck of `MIN_EDGE` voxels; nnU-Net's rule.
 
     An axis takes part while its spacing is below twice the finest one's, and is convolved (kernel 3) from then on.
@@ -284,9 +284,9 @@ class _Planning:
             trial = patch.copy()
             trial[axis] -= topology.divisor[axis]
             patch[axis] -= plan_topology(spacing, trial).divisor[axis]
-            if patch[axis] < 1:
-                raise InputError(f"--gpu-memory-target {self.gb}: too little for any patch; ask for more GB")
             topology = plan_topology(spacing, patch)
+            if len(topology.strides) == 1:
+                raise InputError(f"--gpu-memory-target {self.gb:g}: too little for any patch; ask for more GB")
         return topology
 
     def wished(self, spacing: np.ndarray, patch: tuple[int, int, int]) -> Topology:
