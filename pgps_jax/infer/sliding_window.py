@@ -32,7 +32,7 @@ def tile_starts(size: Size, patch_size: Size, step: float = 0.5) -> tuple[tuple[
     for length, patch in zip(size, patch_size, strict=True):
         if length < patch:
             raise ValueError(f"tile_starts: axis of {length} voxels is smaller than the patch ({patch}); pad it first")
-        count = math.ceil((length - patch) / (patch * step)) + 1
+        count = math.ceil((length - patch) / max(patch * step, 1)) + 1  # the slices of a 2D network: one tile each
         distance = (length - patch) / (count - 1) if count > 1 else 0.0
         starts.append(tuple(int(np.round(distance * i)) for i in range(count)))
     return tuple(starts)

@@ -62,6 +62,14 @@ def test_tiles_cover_the_axis_and_stay_inside(extra, patch, step):
     assert all(b - a <= max(np.ceil(patch * step), 1) for a, b in itertools.pairwise(starts))
 
 
+def test_padding_surrounds_the_volume_and_puts_the_odd_voxel_at_the_end():
+    assert pad_to_patch((3, 4, 9), (8, 6, 4)) == ((2, 3), (1, 1), (0, 0))
+
+
+def test_a_2d_network_sees_every_slice_once():
+    assert tile_starts((5, 9, 8), (1, 6, 8)) == ((0, 1, 2, 3, 4), (0, 3), (0,))
+
+
 @pytest.mark.parametrize("name", ["gaussian_40x56x40", "gaussian_10x48x64"])
 def test_gaussian_map_equals_nnunets_including_what_underflows(golden, name):
     arrays, sidecar = golden(f"inference/{name}")
