@@ -87,6 +87,11 @@ def write_volume(path: Path, array: Shaped[np.ndarray, "d h w"], affine: Float[n
         temporary.unlink(missing_ok=True)
 
 
+def file_shape(path: Path) -> tuple[int, ...]:
+    """Lengths of all axes of a NIfTI file, x first; 3 for a volume, 4 for several channels."""
+    return tuple(int(n) for n in _load_nifti(path).shape)
+
+
 def read_channels(path: Path) -> tuple[Shaped[np.ndarray, "c d h w"], np.ndarray]:
     """A 3D or 4D NIfTI as channels (the file's last axis) in the file's own number type, and its affine.
 
