@@ -30,6 +30,7 @@ from pgps_jax.interop.pickles import read_properties
 
 _LARGEST_BLOCK = 128 * 1024  # bytes, uncompressed: the unit of decompression fits a core's cache
 _LARGEST_CHUNK = 6 * 1024**2  # bytes, uncompressed: the unit of reading
+_TRIAL = 512 * 1024  # bytes of an array on which filters are tried
 _MMAP = None if sys.platform == "win32" else "r"  # Windows cannot replace a mapped file
 
 
@@ -181,9 +182,11 @@ def _write_array(path: Path, array: np.ndarray, patch_size: Size) -> None:
 
 
 def _best_filter(array: np.ndarray, chunks: tuple[int, ...], settings: dict) -> blosc2.Filter:
-    """Shuffling bytes helps noise and harms label maps: tried on the chunk in the middle, which is typical."""
+    """Shuffling bytes helps noise and harms label maps: tried on slices in the middle, which are typical."""
     middle = tuple(slice((n - c) // 2, (n - c) // 2 + c) for n, c in zip(array.shape, chunks, strict=True))
-    piece = np.ascontiguousarray(array[middle])
+    chunk = array[middle]
+    start = chunk.shape[1] // 2
+    piece = np.ascontiguousarray(chunk[:, start : start + max(1, _TRIAL * chunk.shape[1] // chunk.nbytes)])
     sizes = {
         kind: len(blosc2.compress2(piece, typesize=array.itemsize, filters=[kind], filters_meta=[0], **settings))
         for kind in (blosc2.Filter.NOFILTER, blosc2.Filter.SHUFFLE)

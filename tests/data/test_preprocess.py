@@ -61,7 +61,7 @@ def make_plan(spacing, schemes, use_mask, intensities, transpose=(0, 1, 2), patc
     content = {
         "dataset_name": "Dataset001_Test",
         "plans_name": "nnUNetPlans",
-        "original_median_spacing_after_transp": list(spacing)[-3:],
+        "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
         "original_median_shape_after_transp": [20, 20, 20],
         "image_reader_writer": "SimpleITKIO",
         "transpose_forward": list(transpose),
