@@ -1,6 +1,7 @@
 """Where patches come from: against the rules in words, plain implementations and nnU-Net's own loader."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -8,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgps_jax.curriculum import batch_sizes
+from pgps_jax.data.dataset import open_dataset, read_case
+from pgps_jax.data.plan import read_plan
+from pgps_jax.data.preprocess import preprocess_case
 from pgps_jax.data.sampling import (
     SamplingConfig,
     crops_per_case,
@@ -216,3 +220,104 @@ def test_float16_crops_stay_finite(case):
 def test_values_out_of_range_are_named(values, word):
     with pytest.raises(InputError, match=word):
         SamplingConfig(**values).check()
+
+
+# Beside nnU-Net's loader and the published sampler on real cases
+
+
+class RealCase:
+    """Shape, class locations, and number of foreground voxels of any box in constant time (summed-area table)."""
+
+    def __init__(self, preprocessed: Preprocessed):
+        seg = preprocessed.seg[0]
+        self.shape, self.locations = seg.shape, preprocessed.locations
+        self.sums = np.pad((seg > 0).cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)
+
+    def foreground(self, start: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
+        """Share of foreground voxels of boxes (n, 3); outside of the case there are none."""
+        ends = [np.clip(start, 0, self.shape), np.clip(start + size, 0, self.shape)]
+        total = sum(
+            (-1) ** (3 - i - j - k) * self.sums[ends[i][:, 0], ends[j][:, 1], ends[k][:, 2]]
+            for i, j, k in itertools.product(range(2), repeat=3)
+        )
+        return total / np.prod(size)
+
+
+@pytest.fixture(scope="module")
+def hippocampus(real_data, real_parity):
+    """Training cases of fold 0 as preprocessed by the plan, and the peers' statistics."""
+    plan = read_plan(real_parity / "plans/Dataset004_Hippocampus/nnUNetPlans.json")
+    train = set(json.loads((real_parity / "plans/Dataset004_Hippocampus/splits_given.json").read_text())[0]["train"])
+    dataset = open_dataset(real_data / "Hippocampus")
+    configuration = plan.configurations["3d_fullres"]
+    raw = [read_case(case, dataset.labels) for case in dataset.cases if case.id in train]
+    cases = [RealCase(preprocess_case(r, plan, configuration, dataset.labels)) for r in raw]
+    assert len(cases) == len(train)
+    return cases, json.loads((real_parity / "sampling/Dataset004_Hippocampus_fold0.json").read_text())
+
+
+def crops_of(cases, config, want, num_batches, seed):
+    """Of each crop: forced, class aimed at, start / case shape, foreground share of its patch, and its case draw."""
+    rng, crop, patch = np.random.default_rng(seed), tuple(want["loader_patch_size"]), tuple(want["patch_size"])
+    batch, planned = want["batch_size"], want.get("planned_batch_size", want["batch_size"])
+    draws = [draw_batch(rng, config, batch, planned, np.ones(len(cases)), step) for step in range(num_batches)]
+    drawn, forced, numbers = (np.concatenate(column) for column in zip(*draws, strict=True))
+    group = (np.arange(num_batches)[:, None] * batch + np.arange(batch) // crops_per_case(config, batch, planned)).ravel()
+    rows = []
+    for k in np.unique(drawn):
+        mine, case = drawn == k, cases[k]
+        placed = place_crops(numbers[mine], forced[mine], case.shape, case.locations, crop, patch, config)
+        foreground = case.foreground(placed.start + np.array(crop) // 2 - np.array(patch) // 2, patch)
+        label = np.array([label or 0 for label in placed.label])
+        rows.append((forced[mine], label, placed.start, placed.start / case.shape, foreground, group[mine]))
+    return [np.concatenate(column) for column in zip(*rows, strict=True)]
+
+
+def mean_and_error(values, groups):
+    """Mean and its standard error, values of one group not being independent."""
+    deviations = np.bincount(np.unique(groups, return_inverse=True)[1], values - values.mean())
+    return values.mean(), np.sqrt((deviations**2).sum()) / len(values)
+
+
+def test_starts_and_classes_are_distributed_as_in_nnunets_loader(hippocampus):
+    cases, peers = hippocampus
+    for number, want in enumerate(peers["stock_loader"]):
+        config = SamplingConfig("per-case", want["oversample"])
+        forced, label, start, relative, _, _ = crops_of(cases, config, want, 2000 // want["batch_size"], seed=number)
+        by_position = forced_crops(config, want["batch_size"], want["batch_size"], 0)
+        assert by_position.tolist() == [f == 1 for f in want["forced_by_position_in_batch"]]
+        assert forced.mean() == pytest.approx(want["forced_share"])
+        for value, share in want["class_share_among_forced"].items():
+            error = np.hypot(share["se"], np.sqrt(0.25 / forced.sum()))
+            assert abs((label[forced] == int(value)).mean() - share["share"]) <= 4 * error
+        for kind, rows in (("forced", forced), ("random", ~forced)):
+            there, n = want[kind], rows.sum()
+            error = np.array(there["lower_bound_std"]) * np.sqrt(1 / n + 1 / there["n"])
+            assert np.all(np.abs(start[rows].mean(0) - there["lower_bound_mean"]) <= 4 * error)
+            error = relative[rows].std(0) * np.sqrt(1 / n + 1 / there["n"])
+            assert np.all(np.abs(relative[rows].mean(0) - there["lower_bound_over_image_size_mean"]) <= 4 * error)
+            for axis, quantiles in enumerate(there["lower_bound_quantiles_per_axis"]):
+                inner = {float(q): value for q, value in quantiles.items() if 0 < float(q) < 1}
+                ours = np.quantile(start[rows, axis], list(inner))
+                assert np.all(np.abs(ours - list(inner.values())) <= 2), (number, kind, axis)
+
+
+def test_foreground_in_patches_is_as_published_at_every_stage(hippocampus):
+    cases, peers = hippocampus
+    compared = apart = 0
+    for mode in ("v2_performance", "v2_efficiency"):
+        for number, want in enumerate(peers[mode]):
+            batches = min(want["batches"], 100)
+            forced, label, _, _, foreground, group = crops_of(cases, PAIRED, want, batches, seed=number)
+            assert forced.mean() == pytest.approx(want["forced_share"])
+            share = want["class_share_among_forced"]["1"]
+            error = np.hypot(share["se"], np.sqrt(0.25 / forced.sum()))
+            assert abs((label[forced] == 1).mean() - share["share"]) <= 4 * error
+            for name, rows in (("", forced | True), ("_forced", forced), ("_random", ~forced)):
+                there = want[f"foreground_fraction{name}"]
+                mean, error = mean_and_error(foreground[rows], group[rows])
+                assert abs(mean - there["mean"]) <= 4 * np.hypot(error, there["se"]), (mode, want["patch_size"], name)
+                low, high = there["ci95"]
+                compared += 1
+                apart += not (mean - 1.96 * error <= high and low <= mean + 1.96 * error)
+    assert compared == 90 and apart <= 3  # intervals of equal width miss each other in 0.6 % of fair comparisons
