@@ -43,3 +43,9 @@ def real_parity() -> Path:
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_folder(tmp_path_factory):
+    """Compiled programs of the tests stay with the tests; a stopped and resumed run finds those of its first half."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))

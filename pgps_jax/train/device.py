@@ -1,0 +1,90 @@
+"""Where a run computes, and how batches and state are laid out there."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pgps_jax.architecture import Size
+from pgps_jax.curriculum import Stage
+from pgps_jax.data.pipeline import PatchBatch
+from pgps_jax.errors import InputError
+
+CUDNN_WITH_RIGHT_CONV3D = 91600  # 9.8 to 9.15 compute some 3D convolutions wrongly without saying so
+
+
+class Device(NamedTuple):
+    """Batches are split over the devices (`split`), the state is whole on every one (`whole`); `dtype` computes."""
+
+    platform: str
+    split: NamedSharding
+    whole: NamedSharding
+    dtype: type
+
+    @property
+    def transport(self) -> type:
+        """Type in which image patches cross to the device: half the bytes where there is a bus to cross."""
+        return np.float32 if self.platform == "cpu" else np.float16
+
+    @property
+    def count(self) -> int:
+        """Number of devices that share a batch."""
+        return self.split.mesh.size
+
+
+def choose_platform(name: str, deterministic: bool = False) -> None:
+    """Make JAX use a platform ("auto": its own choice). Call it before anything is computed.
+
+    Raises InputError when there is no such device.
+    """
+    if name != "auto":
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
+    if deterministic:
+        jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        jax.config.update("jax_platforms", None)
+        raise InputError(f"--device {name}: JAX finds no such device ({str(error).splitlines()[0]}); "
+                         "use --device cpu, or install the matching extra (cuda12, cuda13, tpu)") from None
+
+
+def open_device(stages: tuple[Stage, ...], precision: str) -> Device:
+    """All devices of the default platform, as many as divide every stage's batch."""
+    devices = jax.devices()
+    count = math.gcd(len(devices), *(stage.batch_size for stage in stages))
+    mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+    platform = devices[0].platform
+    dtype = jnp.float32 if precision == "float32" or (precision == "auto" and platform == "cpu") else jnp.bfloat16
+    return Device(platform, NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec()), dtype)
+
+
+def abstract_batch(device: Device, batch_size: int, crop: Size, channels: int, label_dtype: type) -> PatchBatch:
+    """Shapes, types and layout of the batches that the programs of a stage take."""
+    return PatchBatch(
+        jax.ShapeDtypeStruct((batch_size, *crop, channels), device.transport, sharding=device.split),
+        jax.ShapeDtypeStruct((batch_size, *crop), label_dtype, sharding=device.split),
+    )
+
+
+def put(batch: PatchBatch, device: Device) -> PatchBatch:
+    """Start moving a batch to the device."""
+    return PatchBatch(*(jax.device_put(array, device.split) for array in batch))
+
+
+def warnings() -> list[str]:
+    """Sentences about a machine that is known to compute wrongly or slowly."""
+    if jax.devices()[0].platform != "gpu":
+        return []
+    try:
+        from jax._src.lib import cuda_versions  # jax offers the version nowhere else
+
+        version = cuda_versions.cudnn_get_version()
+    except (ImportError, AttributeError, RuntimeError):
+        return []
+    if version >= CUDNN_WITH_RIGHT_CONV3D:
+        return []
+    return [f"warning: cuDNN {version} computes some 3D convolutions wrongly; install nvidia-cudnn-cu12>=9.16 (or -cu13)"]

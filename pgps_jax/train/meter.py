@@ -1,0 +1,116 @@
+"""From step metrics to records: fetched one step late, so that logging never stalls the device."""
+
+import math
+import time
+
+import numpy as np
+
+from pgps_jax.curriculum import Schedule
+from pgps_jax.report.run_log import RunLog
+from pgps_jax.train.step import StepMetrics, ValidationCounts
+
+EMA_KEEP = 0.9  # nnU-Net's moving average of the pseudo-Dice: 0.9 old + 0.1 new
+STEPS_BEFORE_FORECAST = 4  # the first ones of a stage are not typical
+
+
+class Meter:
+    """Writes the step records of a run and sums them up by epoch and stage."""
+
+    def __init__(self, log: RunLog, schedule: Schedule):
+        self._log = log
+        self._schedule = schedule
+        self._pending: tuple[int, StepMetrics, float] | None = None
+        self._mark = time.perf_counter()
+        self._stage: int | None = None
+        self.steps_in_stage = 0
+        self.latest = ""
+
+    def note(self, step: int, metrics: StepMetrics, waited: float) -> None:
+        """Take the metrics of a step just launched (and the seconds that it waited for input); settle the one before."""
+        self.settle()
+        self._pending = (step, metrics, waited)
+        stage = int(self._schedule.stage_of_step[step])
+        self.steps_in_stage = self.steps_in_stage + 1 if stage == self._stage else 1
+        self._stage = stage
+
+    def settle(self) -> None:
+        """Wait for the metrics of the last noted step and record them."""
+        if self._pending is None:
+            return
+        step, metrics, waited = self._pending
+        self._pending = None
+        loss, norm = float(metrics.loss), float(metrics.gradient_norm)
+        now = time.perf_counter()
+        self._log.record("step", step, stage=int(self._schedule.stage_of_step[step]), loss=_finite(loss),
+                         gradient_norm=_finite(norm), seconds=round(now - self._mark, 5), input_wait=round(waited, 5))
+        self.latest = f"loss {loss:.3f}  {now - self._mark:.2f} s/step  input wait {100 * waited / max(now - self._mark, 1e-9):.0f} %"
+        self._mark = now
+
+    def resume_clock(self) -> None:
+        """Leave out of the step times what was done since the last one (compiling, validation)."""
+        self._mark = time.perf_counter()
+
+    def last_steps(self, first_step: int) -> list[dict]:
+        """Step records from `first_step` on."""
+        found = []
+        for record in reversed(self._log.records):
+            if record["kind"] == "step":
+                if record["step"] < first_step:
+                    break
+                found.append(record)
+        return found[::-1]
+
+    def epoch(self, epoch: int, first_step: int, last_step: int, learning_rate: float, validation: list[ValidationCounts],
+              validation_seconds: float) -> dict:
+        """Record an epoch: means over its steps, pseudo-Dice over its validation batches, as nnU-Net's log does.
+
+        A class that no validation patch contains has pseudo-Dice None ("not sampled") and is left out of the mean.
+        """
+        steps = self.last_steps(first_step)
+        tp, fp, fn = (np.sum([np.asarray(getattr(v, name), np.float64) for v in validation], axis=0) for name in ("tp", "fp", "fn"))
+        total = 2 * tp + fp + fn
+        dice = [float(2 * t / n) if n > 0 else None for t, n in zip(tp, total, strict=True)]
+        sampled = [d for d in dice if d is not None]
+        mean = float(np.mean(sampled)) if sampled else None
+        before = [r["pseudo_dice_ema"] for r in self._log.of_kind("epoch") if r["pseudo_dice_ema"] is not None]
+        ema = mean if not before else before[-1] if mean is None else EMA_KEEP * before[-1] + (1 - EMA_KEEP) * mean
+        losses = [r["loss"] for r in steps if r["loss"] is not None]
+        return self._log.record(
+            "epoch", last_step, epoch=epoch, learning_rate=learning_rate,
+            train_loss=float(np.mean(losses)) if losses else None,
+            validation_loss=_finite(float(np.mean([float(v.loss) for v in validation]))),
+            pseudo_dice=dice, pseudo_dice_mean=mean, pseudo_dice_ema=ema,
+            seconds=round(sum(r["seconds"] for r in steps) + validation_seconds, 3), validation_seconds=round(validation_seconds, 3),
+            input_wait_seconds=round(sum(r["input_wait"] for r in steps), 3),
+        )
+
+    def best_ema(self) -> float:
+        """Highest moving average of the pseudo-Dice so far; -1 before the first epoch."""
+        return max((r["pseudo_dice_ema"] for r in self._log.of_kind("epoch") if r["pseudo_dice_ema"] is not None), default=-1.0)
+
+    def forecast(self, step: int) -> str:
+        """Seconds per step of the running stage and the time that the rest of the run will take on this machine.
+
+        Stages not seen yet are taken to cost the same per voxel as the running one.
+        """
+        stage = int(self._schedule.stage_of_step[step])
+        own = [r for r in self.last_steps(max(0, step - 50)) if r["stage"] == stage][1:]
+        per_step = float(np.median([r["seconds"] for r in own])) if own else math.nan
+        voxels = np.array([math.prod(s.patch_size) * s.batch_size for s in self._schedule.stages], np.float64)
+        left = voxels[self._schedule.stage_of_step[step + 1:]].sum() / voxels[stage] * per_step
+        return f"{per_step:.3g} s per step; about {duration(left)} of training are left on this machine"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words for people: 45 s, 12 min, 3.5 h, 12 days."""
+    if math.isnan(seconds):
+        return "an unknown time"
+    for limit, size, unit in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            value = seconds / size
+            return f"{value:.0f} {unit}" if value >= 10 or unit == "s" else f"{value:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON knows no NaN

@@ -1,0 +1,58 @@
+"""Pseudo-Dice on validation patches at the end of an epoch: one compiled program at the planned patch, for every mode."""
+
+import time
+
+import jax
+from flax import nnx
+from jaxtyping import PyTree
+
+from pgps_jax.curriculum import Stage
+from pgps_jax.data.pipeline import validation_source
+from pgps_jax.models.conv import compiler_options
+from pgps_jax.report.run_log import RunLog
+from pgps_jax.train.device import Device, abstract_batch, put
+from pgps_jax.train.meter import Meter
+from pgps_jax.train.state import abstract
+from pgps_jax.train.step import make_validation_step
+from pgps_jax.workspace import Experiment
+
+
+class OnlineValidation:
+    """Call it at the end of an epoch; it records the epoch and tells whether its moving average is the best so far."""
+
+    def __init__(self, run: Experiment, device: Device, graphdef: nnx.GraphDef):
+        self._run, self._device = run, device
+        stage = Stage(0, run.configuration.patch_size, run.configuration.batch_size)
+        self._source = validation_source(
+            run.store, run.validation_ids, stage, run.config.sampling, seed=run.config.seed,
+            num_batches=run.config.epochs * run.config.validation_steps, image_dtype=device.transport, label_dtype=run.label_dtype)
+        self._batch = abstract_batch(device, stage.batch_size, stage.patch_size, run.channels, run.label_dtype)
+        self._step = jax.jit(make_validation_step(graphdef, run.labels, run.configuration.batch_dice))
+        self._program: jax.stages.Compiled | None = None
+
+    def __call__(self, params: PyTree, meter: Meter, log: RunLog, done: int) -> bool:
+        """Validate after `done` steps."""
+        began, per_epoch = time.perf_counter(), self._run.config.steps_per_epoch
+        if self._program is None:
+            lowered = self._step.lower(abstract(params, self._device.whole), self._batch)
+            self._program = lowered.compile(compiler_options(self._device.platform) or None)
+        best_before = meter.best_ema()
+        epoch = (done - 1) // per_epoch
+        steps = self._run.config.validation_steps
+        batches = (self._source.batch_of_step(epoch * steps + i) for i in range(steps))  # read while the one before computes
+        counts = [self._program(params, put(batch, self._device)) for batch in batches]
+        record = meter.epoch(epoch, epoch * per_epoch, done - 1, float(self._run.learning_rates[done - 1]),
+                             jax.device_get(counts), time.perf_counter() - began)
+        log.say(_line(record, self._run))
+        return (record["pseudo_dice_ema"] or 0) > best_before
+
+
+def _line(record: dict, run: Experiment) -> str:
+    """The epoch in one line, with the names of the classes."""
+    names = {value: name for name, value in zip(run.labels.names, run.labels.values, strict=True)}
+    dice = "  ".join(f"{names[value]} {'not sampled' if d is None else f'{d:.3f}'}"
+                     for value, d in zip(run.labels.foreground, record["pseudo_dice"], strict=True))
+    wait = 100 * record["input_wait_seconds"] / max(record["seconds"], 1e-9)
+    loss = "not finite" if record["train_loss"] is None else f"{record['train_loss']:.3f}"
+    return (f"epoch {record['epoch'] + 1} of {run.config.epochs}: loss {loss}, pseudo-Dice {dice}, "
+            f"{record['seconds']:.1f} s, input wait {wait:.0f} %")

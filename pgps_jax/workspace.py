@@ -1,0 +1,254 @@
+"""Where things lie, and the work before training: plan and preprocess a dataset, put an experiment together."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pgps_jax.config import NetworkConfig, Planner, RunConfig, check_same, to_json
+from pgps_jax.curriculum import Schedule, make_schedule, schedule_from_json, schedule_to_json
+from pgps_jax.data.dataset import Dataset, Labels, check_dataset, open_dataset
+from pgps_jax.data.fingerprint import extract_fingerprint
+from pgps_jax.data.folds import cases_of_fold, read_or_make_folds
+from pgps_jax.data.label_pairs import left_right_axis
+from pgps_jax.data.plan import Configuration, Plan, read_plan, write_plan
+from pgps_jax.data.planner import make_plan
+from pgps_jax.data.preprocess import preprocess_dataset
+from pgps_jax.data.store import CaseStore
+from pgps_jax.errors import InputError
+from pgps_jax.models import limits
+from pgps_jax.train.augment import AugmentPolicy, make_policy
+from pgps_jax.train.optim import learning_rate_of_step
+
+PLANS_FILE: dict[Planner, str] = {
+    "nnunet": "nnUNetPlans.json",
+    "resenc-m": "nnUNetResEncUNetMPlans.json",
+    "resenc-l": "nnUNetResEncUNetLPlans.json",
+    "resenc-xl": "nnUNetResEncUNetXLPlans.json",
+}
+Callback = Callable[[int, int], None]
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    """Write a JSON file atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; InputError naming the file when it cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: this file is missing") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def preprocessed_folder(dataset: Path, workspace: Path) -> Path:
+    """Where a dataset's plans and preprocessed cases lie: the folder itself if it is one made by nnU-Net or by us."""
+    if not dataset.is_dir():
+        raise InputError(f"{dataset}: no such folder; give the path of a dataset folder (dataset.json, imagesTr, labelsTr)")
+    if is_preprocessed(dataset):
+        return dataset
+    return workspace / "preprocessed" / dataset.resolve().name
+
+
+def is_preprocessed(folder: Path) -> bool:
+    """Does this folder hold plans and preprocessed cases rather than raw images?"""
+    return any((folder / name).exists() for name in PLANS_FILE.values()) and not (folder / "imagesTr").exists()
+
+
+def plan_dataset(
+    dataset_folder: Path, workspace: Path, planner: Planner, say: Callable[[str], None], progress: Callback | None = None,
+    workers: int | None = None, overwrite: bool = False, **overrides,
+) -> tuple[Dataset, Plan, Path]:
+    """Check a raw dataset and plan it, or read the plan that is there; returns dataset, plan and preprocessed folder."""
+    folder = preprocessed_folder(dataset_folder, workspace)
+    dataset = open_dataset(dataset_folder)
+    plans_file = folder / PLANS_FILE[planner]
+    if plans_file.exists() and not overwrite:
+        if read_json(folder / "dataset.json") != dataset.json:
+            raise InputError(f"{folder / 'dataset.json'}: differs from {dataset_folder / 'dataset.json'}, so the plan is not for "
+                             "this dataset any more; run `plan --overwrite` to plan again, or restore dataset.json")
+        return dataset, read_plan(plans_file), folder
+    say(f"checking {len(dataset.cases)} cases")
+    check_dataset(dataset, progress=progress, workers=workers)
+    say("measuring the dataset")
+    fingerprint = extract_fingerprint(dataset, workers=workers, progress=progress)
+    plan = make_plan(dataset, fingerprint, planner, **overrides)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "dataset_fingerprint.json", fingerprint.to_json())
+    write_json(folder / "dataset.json", dataset.json)
+    given = dataset.folder / "splits_final.json"
+    if given.exists() and not (folder / "splits_final.json").exists():
+        shutil.copyfile(given, folder / "splits_final.json")
+    read_or_make_folds(folder / "splits_final.json", [case.id for case in dataset.cases])
+    write_plan(plan, plans_file)  # last: its existence says that planning is complete
+    return dataset, plan, folder
+
+
+def configuration_of(plan: Plan, name: str, network: NetworkConfig = NetworkConfig()) -> Configuration:  # noqa: B008 (frozen)
+    """A configuration of the plan, with the network changed as asked."""
+    if name not in plan.configurations:
+        raise InputError(f"--configuration {name}: the plan has {', '.join(plan.configurations)}")
+    configuration = plan.configurations[name]
+    architecture = configuration.architecture
+    if network.base_features is None and network.max_features is None:
+        return configuration
+    base = network.base_features or architecture.features_per_stage[0]
+    largest = network.max_features or max(architecture.features_per_stage)
+    if base < 1 or largest < base:
+        raise InputError(f"--network.base-features {base} and --network.max-features {largest}: want 1 <= base <= max")
+    features = tuple(min(base * 2**i, largest) for i in range(len(architecture.features_per_stage)))
+    return dataclasses.replace(configuration, architecture=dataclasses.replace(architecture, features_per_stage=features))
+
+
+def preprocess(
+    dataset: Dataset, plan: Plan, configuration: Configuration, folder: Path, workers: int | None = None, progress: Callback | None = None
+) -> CaseStore:
+    """Preprocess every case that is not done yet, and keep copies of the reference labels beside them as nnU-Net does."""
+    references = folder / "gt_segmentations"
+    references.mkdir(parents=True, exist_ok=True)
+    for case in dataset.cases:
+        target = references / f"{case.id}{dataset.file_ending}"
+        if not target.exists():
+            temporary = target.with_name("." + target.name)
+            shutil.copyfile(case.label, temporary)
+            os.replace(temporary, target)
+    preprocess_dataset(dataset, plan, configuration, folder / configuration.data_identifier, workers=workers, progress=progress)
+    return CaseStore(folder / configuration.data_identifier)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a training run is made of, fixed before its first step."""
+
+    config: RunConfig
+    folder: Path
+    preprocessed: Path
+    plan: Plan
+    configuration: Configuration
+    dataset_json: dict
+    labels: Labels
+    store: CaseStore
+    train_ids: tuple[str, ...]
+    validation_ids: tuple[str, ...]
+    schedule: Schedule
+    learning_rates: np.ndarray  # float32, one per step
+    policy: AugmentPolicy
+
+    @property
+    def num_steps(self) -> int:
+        """Length of the run in optimizer updates."""
+        return len(self.schedule.stage_of_step)
+
+    @property
+    def channels(self) -> int:
+        """Image channels."""
+        return len(self.configuration.normalization_schemes)
+
+    @property
+    def label_dtype(self) -> type:
+        """Smallest type of a label map that crosses to the device; -1 is outside the body."""
+        return np.int8 if max(self.labels.all_labels) < 127 else np.int16
+
+
+def run_folder(config: RunConfig) -> Path:
+    """RUN = workspace/runs/<dataset>/<run name>/fold_<k>."""
+    return config.workspace / "runs" / config.dataset.resolve().name / config.run_name / f"fold_{config.fold}"
+
+
+def planned_schedule(config: RunConfig, configuration: Configuration, num_cases: int) -> Schedule:
+    """The schedule that a config asks for, before any training."""
+    for name in ("epochs", "steps_per_epoch", "validation_steps"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    return make_schedule(
+        config.curriculum, configuration.patch_size, configuration.batch_size, limits(configuration.architecture),
+        config.epochs * config.steps_per_epoch, config.steps_per_epoch, num_cases=num_cases,
+    )
+
+
+def open_experiment(config: RunConfig) -> Experiment:
+    """Put an experiment together from a preprocessed dataset, and create its run folder or check that it agrees.
+
+    Everything that can be refused is refused here, before anything is written.
+    """
+    preprocessed = preprocessed_folder(config.dataset, config.workspace)
+    plans_file = preprocessed / PLANS_FILE[config.planner]
+    if not plans_file.exists():
+        raise InputError(f"{plans_file}: this dataset is not planned yet; use `run`, or `plan` and `preprocess` before `train`")
+    plan = read_plan(plans_file)
+    configuration = configuration_of(plan, config.configuration, config.network)
+    dataset_json = read_json(preprocessed / "dataset.json")
+    store = CaseStore(preprocessed / configuration.data_identifier)
+    if not store.ids:
+        raise InputError(f"{store.folder}: holds no preprocessed cases; use `run`, or `preprocess` before `train`")
+    folds = read_or_make_folds(preprocessed / "splits_final.json", list(store.ids))
+    train_ids, validation_ids = cases_of_fold(folds, list(store.ids), config.fold)
+
+    folder = run_folder(config)
+    if config.fresh and folder.exists():
+        shutil.rmtree(folder)
+    if (folder / "config.json").exists():
+        check_same(config, read_json(folder / "config.json"), folder)
+        schedule = schedule_from_json(read_json(folder / "schedule.json"))
+    else:
+        schedule = planned_schedule(config, configuration, len(train_ids))
+    learning_rates = learning_rate_of_step(
+        config.optim, schedule.num_steps, config.steps_per_epoch,
+        np.array([s.batch_size for s in schedule.stages])[schedule.stage_of_step], configuration.batch_size, schedule.stage_of_step,
+    )
+    labels = Labels.from_json(dataset_json)
+    changed = dataclasses.replace(plan, configurations=plan.configurations | {config.configuration: configuration})
+    return Experiment(
+        config, folder, preprocessed, changed, configuration, dataset_json, labels, store, tuple(train_ids), tuple(validation_ids),
+        schedule, learning_rates, augment_policy(config, plan, configuration, labels, store),
+    )
+
+
+def augment_policy(config: RunConfig, plan: Plan, configuration: Configuration, labels: Labels, store: CaseStore) -> AugmentPolicy:
+    """What is fixed about augmentation; the left-right axis is looked up in the first case where labels are to be swapped."""
+    axis = None
+    if config.augment.mirror == "label-swap":
+        properties = store.open(store.ids[0]).properties
+        axis = left_right_axis(np.asarray(properties["nibabel_stuff"]["original_affine"], np.float64), plan.transpose_forward)
+    masked = [channel for channel, mask in enumerate(configuration.use_mask_for_norm) if mask]
+    return make_policy(config.augment, configuration.patch_size, masked_channels=masked, labels=labels, left_right_axis=axis)
+
+
+def write_run_folder(experiment: Experiment, environment: dict) -> None:
+    """Create RUN with everything that the run depends on; config.json last, as the sign that the folder is complete."""
+    folder = experiment.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "environment.json", environment)
+    if (folder / "config.json").exists():
+        return
+    write_plan(experiment.plan, folder / "plan.json")
+    write_json(folder / "dataset.json", experiment.dataset_json)
+    write_json(folder / "schedule.json", schedule_to_json(experiment.schedule))
+    write_json(folder / "inference.json", {
+        "configuration": experiment.config.configuration, "mirror_axes": list(experiment.policy.mirror_axes)})
+    write_json(folder / "config.json", to_json(experiment.config))
+
+
+def find_labels(dataset_json: Path | None, predictions: Path, references: Path) -> Labels:
+    """Labels from a dataset.json: the given one, or the first found in or above the two folders."""
+    if dataset_json is not None:
+        return Labels.from_json(read_json(dataset_json))
+    places = [folder / "dataset.json" for f in (predictions, references) for folder in (f, f.parent)]
+    for place in places:
+        if place.exists():
+            return Labels.from_json(read_json(place))
+    raise InputError(f"no dataset.json in {', '.join(str(p.parent) for p in places)}: it says which labels there are; "
+                     "name it with --dataset-json")

@@ -1,0 +1,214 @@
+"""The whole way on a tiny dataset: from NIfTI to measured Dice, stopped and resumed, and refused when the input is bad."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import nibabel
+import numpy as np
+import pytest
+
+from pgps_jax.data.synthetic import write_phantom_dataset
+from pgps_jax.main import EXIT_BAD_INPUT, EXIT_STOPPED, main
+from pgps_jax.report.run_log import read_records
+from pgps_jax.train import loop
+from pgps_jax.train.checkpoint import load_params
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A raw dataset of tiny phantoms, and a workspace in which it is preprocessed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    raw = write_phantom_dataset(folder / "Dataset900_Tiny", num_cases=6, num_test=1, shape=(16, 20, 16))
+    assert main(["preprocess", str(raw), "--workspace", str(folder / "work"), "--workers", "1"]) == 0
+    return raw, folder / "work"
+
+
+def command(raw, workspace, name, *more):
+    return ["train", str(raw), "--workspace", str(workspace), "--name", name, "--epochs", "4", "--steps-per-epoch", "3",
+            "--validation-steps", "1", "--network.base-features", "4", "--augment.preset", "light", "--no-mirror-tta",
+            "--workers", "1", *more]
+
+
+def run_folder(workspace, name) -> Path:
+    return workspace / "runs" / "Dataset900_Tiny" / name / "fold_0"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny):
+    raw, workspace = tiny
+    assert main(command(raw, workspace, "whole")) == 0
+    return run_folder(workspace, "whole")
+
+
+class StopsAfter:
+    """Stands in for StopRequest: asks to stop after some number of steps."""
+
+    steps = 0
+
+    def __init__(self, folder):
+        self.left = StopsAfter.steps
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def reason(self):
+        self.left -= 0.5  # asked twice a step: before saving and after
+        return "test" if self.left <= 0 else None
+
+
+@pytest.mark.smoke
+def test_a_run_leaves_everything_that_the_readme_names(finished):
+    for name in ("config.json", "plan.json", "schedule.json", "environment.json", "dataset.json", "inference.json", "metrics.jsonl",
+                 "train.log", "progress.png", "validation/summary.json", "checkpoints/last", "checkpoints/best"):
+        assert (finished / name).exists(), name
+    records = read_records(finished / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "step"] == list(range(STEPS))
+    assert [r["epoch"] for r in records if r["kind"] == "epoch"] == [0, 1, 2, 3]
+    stages = {r["stage"] for r in records if r["kind"] == "stage"}
+    assert len(stages) > 1, "the curriculum of this test must cross a stage border"
+    summary = json.loads((finished / "validation" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == len(list((finished / "validation").glob("*.nii.gz"))) == 2
+
+
+@pytest.mark.parametrize("stops", [1, 4, 9])
+def test_a_stopped_and_resumed_run_has_the_same_bits_as_an_uninterrupted_one(tiny, finished, monkeypatch, stops):
+    raw, workspace = tiny
+    name = f"stopped{stops}"
+    StopsAfter.steps = stops
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", StopsAfter)
+        assert main(command(raw, workspace, name)) == EXIT_STOPPED
+    assert main(command(raw, workspace, name)) == 0
+    whole, pieces = (load_params(folder / "checkpoints") for folder in (finished, run_folder(workspace, name)))
+    jax.tree.map(np.testing.assert_array_equal, whole, pieces)
+    kept = ("kind", "step", "loss", "gradient_norm", "pseudo_dice", "pseudo_dice_ema")
+
+    def numbers(folder):
+        return [{k: r.get(k) for k in kept} for r in read_records(folder / "metrics.jsonl") if r["kind"] in ("step", "epoch")]
+
+    assert numbers(run_folder(workspace, name)) == numbers(finished)
+
+
+def test_training_again_after_the_end_changes_nothing(tiny, finished):
+    raw, workspace = tiny
+    before = (finished / "metrics.jsonl").read_text()
+    assert main(command(raw, workspace, "whole")) == 0
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_new_images_are_segmented_in_their_own_frame(tiny, finished, tmp_path):
+    raw, _ = tiny
+    assert main(["predict", str(finished), "-i", str(raw / "imagesTs"), "-o", str(tmp_path), "--no-mirror-tta"]) == 0
+    (image,) = (raw / "imagesTs").iterdir()
+    (segmentation,) = tmp_path.glob("*.nii.gz")
+    assert segmentation.name == image.name.replace("_0000", "")
+    a, b = nibabel.load(image), nibabel.load(segmentation)
+    assert a.shape == b.shape
+    np.testing.assert_allclose(a.affine, b.affine)
+
+
+def test_evaluate_writes_a_summary(tiny, finished, capsys):
+    raw, _ = tiny
+    (finished / "validation" / "summary.json").unlink()
+    assert main(["evaluate", str(finished / "validation"), str(raw / "labelsTr"), "--workers", "1"]) == 0
+    assert "organ" in capsys.readouterr().out
+    assert (finished / "validation" / "summary.json").exists()
+
+
+def test_the_schedule_can_be_printed_as_json_without_training(tiny, capsys):
+    raw, workspace = tiny
+    capsys.readouterr()
+    assert main(["schedule", str(raw), "--workspace", str(workspace), "--mode", "performance", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["steps"] == 250_000
+    assert printed["stages"][-1]["patch_size"] == printed["planned"]["patch_size"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--epochs", "5"], "epochs"),
+    (["--mode", "constant"], "mode"),
+    (["--network.base-features", "8"], "base_features"),
+])
+def test_a_run_folder_of_another_config_is_refused_naming_the_key(tiny, finished, capsys, change, words):
+    raw, workspace = tiny
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert main(command(raw, workspace, "whole", *change)) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert words in error and "--fresh" in error and str(finished) in error
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--fold", "9"], "fold"),
+    (["--fold", "-1"], "fold"),
+    (["--configuration", "3d_lowres"], "3d_lowres"),
+    (["--epochs", "0"], "epochs"),
+    (["--network.base-features", "0"], "base-features"),
+    (["--device", "tpu"], "tpu"),
+])
+def test_bad_arguments_are_refused_before_anything_is_written(tiny, capsys, arguments, words):
+    raw, workspace = tiny
+    assert main([*command(raw, workspace, "refused"), *arguments]) == EXIT_BAD_INPUT
+    assert words in capsys.readouterr().err
+    assert not run_folder(workspace, "refused").exists()
+
+
+def test_a_mistyped_flag_suggests_the_right_one(tiny, capsys):
+    raw, _ = tiny
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", str(raw), "--epoch", "3"])
+    assert exit_.value.code == 2
+    assert "--epochs" in "".join(capsys.readouterr())
+
+
+def spoil(raw: Path, how: str) -> None:
+    image, label = raw / "imagesTr" / "phantom_002_0000.nii.gz", raw / "labelsTr" / "phantom_002.nii.gz"
+    if how == "no dataset.json":
+        (raw / "dataset.json").unlink()
+    elif how == "no image":
+        image.unlink()
+    elif how == "unreadable image":
+        image.write_bytes(image.read_bytes()[:500])
+    elif how == "not finite":
+        loaded = nibabel.load(image)
+        voxels = loaded.get_fdata(dtype=np.float32)
+        voxels[3, 3, 3] = np.nan
+        nibabel.save(nibabel.Nifti1Image(voxels, loaded.affine), image)
+    else:
+        loaded = nibabel.load(label)
+        voxels, affine = np.asarray(loaded.dataobj), loaded.affine.copy()
+        if how == "label shape":
+            voxels = voxels[:-1]
+        elif how == "label affine":
+            affine[0, 3] += 40
+        elif how == "unknown label":
+            voxels = voxels.copy()
+            voxels[0, 0, 0] = 7
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), label)
+
+
+@pytest.mark.parametrize("how, words", [
+    ("no dataset.json", "dataset.json"),
+    ("no image", "phantom_002"),
+    ("unreadable image", "phantom_002_0000.nii.gz"),
+    ("not finite", "phantom_002"),
+    ("label shape", "phantom_002"),
+    ("label affine", "phantom_002"),
+    ("unknown label", "7"),
+])
+def test_a_faulty_dataset_is_refused_with_one_sentence_and_nothing_half_written(tiny, tmp_path, capsys, how, words):
+    raw = tmp_path / "Dataset901_Faulty"
+    shutil.copytree(tiny[0], raw)
+    spoil(raw, how)
+    assert main(["run", str(raw), "--workspace", str(tmp_path / "work"), "--workers", "1"]) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and "Traceback" not in error
+    assert not (tmp_path / "work").exists()
