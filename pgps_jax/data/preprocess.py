@@ -10,6 +10,8 @@ import math
 import multiprocessing
 import os
 import shutil
+import sys
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -199,28 +201,35 @@ def _run(tasks: list[tuple], workers: int) -> Iterator[str | None]:
     if workers <= 1:
         yield from (_preprocess_and_store(*task) for task in tasks)
         return
-    with _one_thread_per_process():
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-        try:
-            for future in as_completed([pool.submit(_preprocess_and_store, *task) for task in tasks]):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                "A preprocessing process was killed, most likely because memory ran out. Start again with fewer "
-                f"--workers (now {workers}); the cases already done are kept."
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        with _lean_processes():
+            futures = [pool.submit(_preprocess_and_store, *task) for task in tasks]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise InputError(
+            "A preprocessing process was killed, most likely because memory ran out. Start again with fewer "
+            f"--workers (now {workers}); the cases already done are kept."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def _one_thread_per_process() -> Iterator[None]:
-    """Processes started meanwhile calculate with one thread each: there is already one of them per core."""
+def _lean_processes() -> Iterator[None]:
+    """Processes started meanwhile calculate with one thread each and do not import the program that starts them.
+
+    There is already one process per core. And the program, `__main__`, imports jax, or is a script that would run again.
+    """
     added = [name for name in _THREAD_LIMITS if name not in os.environ]
     os.environ.update(dict.fromkeys(added, "1"))
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")  # without a file: nothing to import
     try:
         yield
     finally:
+        sys.modules["__main__"] = program
         for name in added:
             os.environ.pop(name, None)
 

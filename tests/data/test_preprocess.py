@@ -273,7 +273,25 @@ def test_a_full_disk_is_an_input_error_and_a_bug_is_not(dataset, tmp_path, monke
     assert "case_0" in error.value.__notes__[0]
 
 
-def test_worker_processes_do_not_import_jax():
-    code = "import sys, pgps_jax.data.preprocess as p; print(p.__name__, 'jax' in sys.modules)"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.split() == ["pgps_jax.data.preprocess", "False"]
+def test_worker_processes_import_neither_jax_nor_the_program_that_starts_them(dataset, tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(PLAN.to_json()))
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+print("running the script")
+import json, sys
+import pgps_jax.data.preprocess as p
+from pgps_jax.data.dataset import open_dataset
+from pgps_jax.data.plan import Plan
+print("jax imported:", "jax" in sys.modules)
+plan = Plan.from_json(json.load(open({str(plan)!r})))
+(configuration,) = plan.configurations.values()
+p.preprocess_dataset(open_dataset({str(dataset.folder)!r}), plan, configuration, {str(tmp_path / "store")!r}, 2)
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env=with_this_package())
+    assert done.stdout.splitlines() == ["running the script", "jax imported: False"]
+    assert len(CaseStore(tmp_path / "store").ids) == 4
+
+
+def with_this_package() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(preprocess.__file__).parents[2])}
