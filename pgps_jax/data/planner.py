@@ -6,7 +6,7 @@ reproduced field by field. Memory is estimated as nnU-Net does, by the voxels th
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ REFERENCE_BATCH = {2: 12, 3: 2}
 MASK_BELOW = 0.75  # relative size after cropping below which z-scores look at the inside of the body only
 LOWRES_BELOW = 0.25  # share of the median case in the patch below which a coarser configuration is planned
 LOWRES_STEP = 1.03
+OVERRIDES_KEY = "pgps_jax_overrides"  # in plans.json: what the user wanted otherwise; nnU-Net skips keys it does not know
 
 _SCHEMES = {
     "ct": "CTNormalization", "nonorm": "NoNormalization", "zscore": "ZScoreNormalization",
@@ -125,8 +126,9 @@ def make_plan(
         "experiment_planner_used": preset.class_name,
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": fingerprint.intensity_properties,
+        **({OVERRIDES_KEY: wishes} if (wishes := {k: v for k, v in vars(overrides).items() if v is not None}) else {}),
     })
-    return Plan(**{**plan.__dict__, "notes": tuple(planning.notes)})
+    return replace(plan, notes=tuple(planning.notes))
 
 
 # ------------------------------------------------------------------------------------------------------ target spacing
