@@ -207,7 +207,8 @@ NUM_ROWS = 31  # uniform numbers per channel that `draw_parameters` uses
 
 def draw_parameters(key: Key[Array, ""], policy: AugmentPolicy, max_angle: float, channels: int) -> Parameters:
     """The random numbers of one sample, all from one draw of uniform numbers."""
-    rows = iter(jax.random.uniform(key, (NUM_ROWS, max(channels, 3))))
+    width = max(channels, 3)
+    rows = iter(jax.random.uniform(key, (NUM_ROWS * width,)).reshape(NUM_ROWS, width))  # drawn flat: compiles faster
 
     def fires(probability: float) -> Bool[Array, ""]:
         return next(rows)[0] < probability
@@ -257,16 +258,17 @@ def augment(
 ) -> tuple[Float[Array, "b pd ph pw c"], Int[Array, "b pd ph pw"]]:
     """Augment a batch of crops of `crop_size(policy, patch_size)`; the patches come out as float32 and without -1.
 
-    Sample i depends on `fold_in(key, i)` and its own voxels only. On CPU samples are treated one after the other, and a
-    transform that does not fire costs nothing; elsewhere all of them at once, which fills a large device better.
+    Sample i depends on `fold_in(key, 2 i)`, `fold_in(key, 2 i + 1)` and its own voxels only. On CPU samples are treated
+    one after the other, and a transform that does not fire costs nothing; elsewhere all of them at once, which fills a
+    large device better.
     """
     channels = image.shape[-1]
     max_angle, planar = _geometry(policy, patch_size)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(image.shape[0]))
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(2 * image.shape[0])).reshape(-1, 2)
 
-    def one(key: Array, image: Array, label: Array) -> tuple[Array, Array]:
-        draws, noise_key = jax.random.split(key)
-        parameters = draw_parameters(draws, policy, max_angle, channels)
+    def one(keys: Array, image: Array, label: Array) -> tuple[Array, Array]:
+        key, noise_key = keys
+        parameters = draw_parameters(key, policy, max_angle, channels)
         image = jnp.moveaxis(image, -1, 0)
         image, label = apply_parameters(noise_key, parameters, image, label, policy, patch_size, planar)
         return jnp.moveaxis(image, 0, -1), label
@@ -306,8 +308,14 @@ def apply_parameters(
     x = maybe(policy.p_contrast, p.stretch, lambda x: intensity.contrast(x, p.contrast), x)
     zoomed = (1, 2) if planar else (0, 1, 2)
     x = maybe(policy.p_low_resolution, p.lower_resolution, lambda x: intensity.low_resolution(x, p.zoom, zoomed), x)
-    x = maybe(policy.p_gamma_inverted, p.curve_inverted, lambda x: intensity.gamma(x, p.gamma_inverted, True), x)
-    x = maybe(policy.p_gamma, p.curve, lambda x: intensity.gamma(x, p.gamma), x)
+    if policy.p_gamma_inverted > 0 or policy.p_gamma > 0:  # the same code twice: a loop halves its compilation
+        fires, exponents = jnp.stack([p.curve_inverted, p.curve]), jnp.stack([p.gamma_inverted, p.gamma])
+
+        def curve(x: Array, draw: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            fires, exponent, inverted = draw
+            return maybe(1.0, fires, lambda x: intensity.gamma(x, exponent, inverted), x), None
+
+        x, _ = jax.lax.scan(curve, x, (fires, exponents, jnp.array([True, False])))
     x, y = spatial.mirror(x, y, p.flips, policy.mirror_axes, policy.swap_axis, policy.swap_pairs)
     if policy.masked_channels:
         x = intensity.mask_outside(x, y, policy.masked_channels)

@@ -18,7 +18,7 @@ def gaussian_noise(
     key: Key[Array, ""], image: Float[Array, "c d h w"], std: Float[Array, ""]
 ) -> Float[Array, "c d h w"]:
     """Add independent normal noise of one standard deviation to all channels."""
-    return image + std * jax.random.normal(key, image.shape)
+    return image + std * jax.random.normal(key, (image.size,)).reshape(image.shape)  # drawn flat: compiles faster
 
 
 def brightness(image: Float[Array, "c d h w"], factor: Float[Array, " c"]) -> Float[Array, "c d h w"]:
@@ -34,21 +34,20 @@ def contrast(image: Float[Array, "c d h w"], factor: Float[Array, " c"]) -> Floa
 
 
 def gamma(
-    image: Float[Array, "c d h w"], exponent: Float[Array, " c"], inverted: bool = False
+    image: Float[Array, "c d h w"], exponent: Float[Array, " c"], inverted: Bool[Array, ""] | bool = False
 ) -> Float[Array, "c d h w"]:
     """Raise every channel, scaled to [0, 1], to its exponent; mean and standard deviation are kept.
 
     `inverted` does it to the negated image. The standard deviation is the unbiased one, as PyTorch's.
     """
-    if inverted:
-        image = -image
+    sign = jnp.where(inverted, -1.0, 1.0)
+    image = sign * image
     mean, std = _moments(image)
     low = jnp.min(image, SPACE, keepdims=True)
     extent = jnp.max(image, SPACE, keepdims=True) - low
     curved = ((image - low) / jnp.maximum(extent, 1e-7)) ** _per_channel(exponent) * extent + low
     new_mean, new_std = _moments(curved)
-    result = (curved - new_mean) * std / jnp.maximum(new_std, 1e-7) + mean
-    return -result if inverted else result
+    return sign * ((curved - new_mean) * std / jnp.maximum(new_std, 1e-7) + mean)
 
 
 def gaussian_blur(
@@ -68,7 +67,10 @@ def gaussian_blur(
 def low_resolution(
     image: Float[Array, "c d h w"], zoom: Float[Array, " c"], axes: Sequence[int] = (0, 1, 2)
 ) -> Float[Array, "c d h w"]:
-    """Sample every channel down to round(size * zoom) voxels, nearest-exact, and linearly up again; zoom 1: as it was."""
+    """Sample every channel down to round(size * zoom) voxels (nearest-exact) and linearly up again.
+
+    zoom 1 changes nothing.
+    """
     matrices = [
         jax.vmap(lambda z, n=n: _low_resolution_matrix(z, n))(zoom) if axis in axes and n > 1 else None
         for axis, n in enumerate(image.shape[1:])

@@ -143,15 +143,11 @@ def mirror(
     A flip of `swap_axis` also exchanges the labels of each pair, so that left stays left.
     """
     for axis in axes:
-        swap = axis == swap_axis
-        image, label = jax.lax.cond(
-            flips[axis],
-            lambda x, y, axis=axis, swap=swap: (
-                jnp.flip(x, axis + 1), swap_labels(jnp.flip(y, axis), swap_pairs) if swap else jnp.flip(y, axis)
-            ),
-            lambda x, y: (x, y),
-            image, label,
-        )
+        flipped = jnp.flip(label, axis)
+        if axis == swap_axis:
+            flipped = swap_labels(flipped, swap_pairs)
+        image = jnp.where(flips[axis], jnp.flip(image, axis + 1), image)
+        label = jnp.where(flips[axis], flipped, label)
     return image, label
 
 

@@ -97,15 +97,15 @@ def test_outside_the_volume_counts_as_background():
     logits = (jnp.asarray(rng.normal(size=(2, 4, 6, 5, 3)), jnp.float32),)
     label = rng.integers(-1, 3, (2, 4, 6, 5)).astype(np.int8)
     for labels in (softmax_labels(3), softmax_labels(3, ignore=3), region_labels()):
-        a = segmentation_loss(logits, jnp.asarray(label), labels, False)
-        b = segmentation_loss(logits, jnp.asarray(np.maximum(label, 0)), labels, False)
-        assert float(a) == float(b)
+        loss = jax.jit(lambda label, labels=labels: segmentation_loss(logits, label, labels, False))
+        assert float(loss(label)) == float(loss(np.maximum(label, 0)))
 
 
 def test_the_head_of_weight_zero_gets_no_gradient_even_when_its_logits_are_not_finite():
     logits = (jnp.zeros((1, 4, 4, 4, 2)), jnp.full((1, 2, 2, 2, 2), jnp.inf))
     label = jnp.ones((1, 4, 4, 4), jnp.int8)
-    loss, (_, gradient) = jax.value_and_grad(lambda z: segmentation_loss(z, label, softmax_labels(2), False))(logits)
+    loss_and_gradient = jax.jit(jax.value_and_grad(lambda z: segmentation_loss(z, label, softmax_labels(2), False)))
+    loss, (_, gradient) = loss_and_gradient(logits)
     assert np.isfinite(loss)
     assert not np.any(gradient)
 
@@ -113,9 +113,9 @@ def test_the_head_of_weight_zero_gets_no_gradient_even_when_its_logits_are_not_f
 def test_loss_is_computed_in_float32_when_logits_are_bfloat16():
     logits = jax.random.normal(jax.random.key(0), (1, 8, 8, 8, 3)).astype(jnp.bfloat16)
     label = jax.random.randint(jax.random.key(1), (1, 8, 8, 8), 0, 3, jnp.int8)
-    half = dice_cross_entropy(logits, label)
-    assert half.dtype == jnp.float32
-    assert float(half) == float(dice_cross_entropy(logits.astype(jnp.float32), label))
+    loss = jax.jit(dice_cross_entropy)
+    assert loss(logits, label).dtype == jnp.float32
+    assert float(loss(logits, label)) == float(loss(logits.astype(jnp.float32), label))
 
 
 @pytest.mark.parametrize("labels", [softmax_labels(4), softmax_labels(4, ignore=4), region_labels(), region_labels(4)])
@@ -137,5 +137,5 @@ def test_hard_counts_equal_counting_voxel_by_voxel(labels):
 def test_an_absent_class_scores_by_its_predicted_volume_against_the_smoothing_term():
     p = 1.25e-6  # in 8 voxels: 1e-5 predicted, as much as the smoothing term
     logits = jnp.zeros((1, 2, 2, 2, 2)).at[..., 1].set(np.log(p / (1 - p)))
-    loss = dice_cross_entropy(logits, jnp.zeros((1, 2, 2, 2), jnp.int8))
+    loss = jax.jit(dice_cross_entropy)(logits, jnp.zeros((1, 2, 2, 2), jnp.int8))
     np.testing.assert_allclose(loss, -np.log(1 - p) - 0.5, atol=1e-4)
