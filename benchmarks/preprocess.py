@@ -52,6 +52,7 @@ def main() -> None:
             **measure(folder, plans, args.workers),
             "machine": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
+            "load_average": os.getloadavg(),  # of this and all other programs
             "versions": {name: version(name) for name in ("numpy", "scipy", "blosc2", "torch", "nnunetv2")},
         }
     print(json.dumps(result, indent=1))
