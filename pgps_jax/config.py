@@ -51,6 +51,8 @@ class RunConfig:
     """Length of training in epochs."""
     steps_per_epoch: int = 250
     """Optimizer updates per epoch; an epoch is a unit of reporting, not a pass over the data."""
+    max_hours: float | None = None
+    """Shorten the run so that it ends, annealed and at the planned patch, within this many hours on this machine."""
     validation_steps: int = 50
     """Validation batches of planned-size patches at the end of each epoch (pseudo-Dice)."""
     seed: int = 0

@@ -24,6 +24,7 @@ from pgps_jax.report.schedule import plot_schedule, schedule_table, stage_rows, 
 from pgps_jax.train.device import choose_platform, warnings
 from pgps_jax.train.loop import Stopped, train
 from pgps_jax.train.programs import enable_compilation_cache
+from pgps_jax.train.sizing import sized
 from pgps_jax.validate import dice_table, load_predictor, validate
 
 EXIT_BAD_INPUT = 2
@@ -193,6 +194,8 @@ def run_training(config: RunConfig) -> dict:
         if line:
             complain(line)
     experiment = workspace.open_experiment(config)
+    if not (experiment.folder / "config.json").exists():
+        experiment = sized(experiment, say)
     workspace.write_run_folder(experiment, environment())
     rows = stage_rows(experiment.schedule, experiment.configuration.patch_size, experiment.configuration.batch_size)
     console.print(schedule_table(rows, f"{config.curriculum.mode}, {experiment.num_steps} steps"))

@@ -19,6 +19,7 @@ from pgps_jax.data.label_pairs import left_right_axis
 from pgps_jax.data.plan import Configuration, Plan, read_plan, write_plan
 from pgps_jax.data.planner import make_plan
 from pgps_jax.data.preprocess import preprocess_dataset
+from pgps_jax.data.similarity import ranked_cases
 from pgps_jax.data.store import CaseStore
 from pgps_jax.errors import InputError
 from pgps_jax.models import limits
@@ -168,14 +169,14 @@ def run_folder(config: RunConfig) -> Path:
     return config.workspace / "runs" / config.dataset.resolve().name / config.run_name / f"fold_{config.fold}"
 
 
-def planned_schedule(config: RunConfig, configuration: Configuration, num_cases: int) -> Schedule:
-    """The schedule that a config asks for, before any training."""
+def planned_schedule(config: RunConfig, configuration: Configuration, num_cases: int, num_steps: int | None = None) -> Schedule:
+    """The schedule that a config asks for, before any training; `num_steps` shortens it."""
     for name in ("epochs", "steps_per_epoch", "validation_steps"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     return make_schedule(
         config.curriculum, configuration.patch_size, configuration.batch_size, limits(configuration.architecture),
-        config.epochs * config.steps_per_epoch, config.steps_per_epoch, num_cases=num_cases,
+        num_steps or config.epochs * config.steps_per_epoch, config.steps_per_epoch, num_cases=num_cases,
     )
 
 
@@ -197,6 +198,9 @@ def open_experiment(config: RunConfig) -> Experiment:
     folds = read_or_make_folds(preprocessed / "splits_final.json", list(store.ids))
     train_ids, validation_ids = cases_of_fold(folds, list(store.ids), config.fold)
 
+    if config.curriculum.case_curriculum != "none":
+        train_ids = ranked_cases(preprocessed / f"similarity_fold_{config.fold}.json", store, train_ids)
+
     folder = run_folder(config)
     if config.fresh and folder.exists():
         shutil.rmtree(folder)
@@ -205,16 +209,29 @@ def open_experiment(config: RunConfig) -> Experiment:
         schedule = schedule_from_json(read_json(folder / "schedule.json"))
     else:
         schedule = planned_schedule(config, configuration, len(train_ids))
-    learning_rates = learning_rate_of_step(
-        config.optim, schedule.num_steps, config.steps_per_epoch,
-        np.array([s.batch_size for s in schedule.stages])[schedule.stage_of_step], configuration.batch_size, schedule.stage_of_step,
-    )
     labels = Labels.from_json(dataset_json)
     changed = dataclasses.replace(plan, configurations=plan.configurations | {config.configuration: configuration})
     return Experiment(
         config, folder, preprocessed, changed, configuration, dataset_json, labels, store, tuple(train_ids), tuple(validation_ids),
-        schedule, learning_rates, augment_policy(config, plan, configuration, labels, store),
+        schedule, learning_rates(config, configuration, schedule), augment_policy(config, plan, configuration, labels, store),
     )
+
+
+def learning_rates(config: RunConfig, configuration: Configuration, schedule: Schedule) -> np.ndarray:
+    """Learning rate of every step, float32."""
+    batch_size_of_step = np.array([stage.batch_size for stage in schedule.stages])[schedule.stage_of_step]
+    return learning_rate_of_step(config.optim, schedule.num_steps, config.steps_per_epoch, batch_size_of_step, configuration.batch_size,
+                                 schedule.stage_of_step)
+
+
+def with_schedule(run: Experiment, schedule: Schedule) -> Experiment:
+    """The same experiment under another schedule."""
+    return dataclasses.replace(run, schedule=schedule, learning_rates=learning_rates(run.config, run.configuration, schedule))
+
+
+def store_schedule(run: Experiment) -> None:
+    """Write the schedule of a run that is under way, after it had to be changed."""
+    write_json(run.folder / "schedule.json", schedule_to_json(run.schedule))
 
 
 def augment_policy(config: RunConfig, plan: Plan, configuration: Configuration, labels: Labels, store: CaseStore) -> AugmentPolicy:

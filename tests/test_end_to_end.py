@@ -14,6 +14,7 @@ from pgps_jax.main import EXIT_BAD_INPUT, EXIT_STOPPED, main
 from pgps_jax.report.run_log import read_records
 from pgps_jax.train import loop
 from pgps_jax.train.checkpoint import load_params
+from pgps_jax.train.stopping import StopRequest
 
 STEPS = 12
 
@@ -22,7 +23,7 @@ STEPS = 12
 def tiny(tmp_path_factory):
     """A raw dataset of tiny phantoms, and a workspace in which it is preprocessed."""
     folder = tmp_path_factory.mktemp("tiny")
-    raw = write_phantom_dataset(folder / "Dataset900_Tiny", num_cases=6, num_test=1, shape=(16, 20, 16))
+    raw = write_phantom_dataset(folder / "Dataset900_Tiny", num_cases=6, num_test=1, shape=(12, 12, 12))
     assert main(["preprocess", str(raw), "--workspace", str(folder / "work"), "--workers", "1"]) == 0
     return raw, folder / "work"
 
@@ -44,24 +45,15 @@ def finished(tiny):
     return run_folder(workspace, "whole")
 
 
-class StopsAfter:
-    """Stands in for StopRequest: asks to stop after some number of steps."""
+class StopsAfter(StopRequest):
+    """Asks to stop after some number of steps."""
 
     steps = 0
 
-    def __init__(self, folder):
-        self.left = StopsAfter.steps
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
     @property
     def reason(self):
-        self.left -= 0.5  # asked twice a step: before saving and after
-        return "test" if self.left <= 0 else None
+        self.asked = getattr(self, "asked", 0) + 1
+        return "test" if self.asked > StopsAfter.steps else None
 
 
 @pytest.mark.smoke

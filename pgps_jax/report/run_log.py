@@ -35,12 +35,20 @@ class RunLog:
 
     def __init__(self, folder: Path, first_step: int = 0):
         self._metrics = folder / "metrics.jsonl"
-        self.records = [r for r in read_records(self._metrics) if r.get("step", 0) < first_step]
+        self._text = (folder / "train.log").open("a")
+        self._begin(read_records(self._metrics), first_step)
+
+    def _begin(self, records: list[dict], first_step: int) -> None:
+        self.records = [r for r in records if r.get("step", 0) < first_step]
         temporary = self._metrics.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         os.replace(temporary, self._metrics)
         self._jsonl = self._metrics.open("a")
-        self._text = (folder / "train.log").open("a")
+
+    def rewind(self, first_step: int) -> None:
+        """Forget the records of `first_step` and later: the run goes back to a checkpoint."""
+        self._jsonl.close()
+        self._begin(self.records, first_step)
 
     def record(self, kind: str, step: int, **values) -> dict:
         """Append one record; `step` is the index of the step that it is about."""

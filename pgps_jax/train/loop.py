@@ -2,35 +2,45 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 
 from pgps_jax.curriculum import Schedule, Stage
 from pgps_jax.data.pipeline import PatchStream, stream
-from pgps_jax.models import build, lowest_head
-from pgps_jax.models.conv import compiler_options
+from pgps_jax.errors import InputError
+from pgps_jax.pacing import rescale_rest
 from pgps_jax.report.progress import plot_progress, progress_bar
 from pgps_jax.report.run_log import RunLog
 from pgps_jax.train.augment import crop_size
 from pgps_jax.train.checkpoint import Checkpoints
-from pgps_jax.train.device import Device, abstract_batch, open_device, put
+from pgps_jax.train.device import Device, open_device, put
+from pgps_jax.train.memory import is_out_of_memory
 from pgps_jax.train.meter import STEPS_BEFORE_FORECAST, Meter
 from pgps_jax.train.online_validation import OnlineValidation
-from pgps_jax.train.optim import make_optimizer
-from pgps_jax.train.programs import StagePrograms
-from pgps_jax.train.state import TrainState, abstract, init_state, split
-from pgps_jax.train.step import make_train_step
+from pgps_jax.train.programs import StagePrograms, halve_batch
+from pgps_jax.train.setup import initial_state, stage_programs
+from pgps_jax.train.sizing import SHARE_OF_STEPS
+from pgps_jax.train.state import TrainState, abstract
 from pgps_jax.train.stopping import StopRequest
-from pgps_jax.workspace import Experiment
+from pgps_jax.workspace import Experiment, store_schedule, with_schedule
+
+WORTH_CORRECTING = 0.03  # share by which the rest of a schedule may miss its time budget before it is changed
 
 
 class Stopped(Exception):
     """The run was asked to stop; everything needed to go on is saved."""
+
+
+class StageTooLarge(Exception):
+    """The device ran out of memory in a stage."""
+
+    def __init__(self, stage: Stage):
+        super().__init__(str(stage))
+        self.stage = stage
 
 
 def train(run: Experiment) -> None:
@@ -47,35 +57,46 @@ def train(run: Experiment) -> None:
         checkpoints.say = log.say
         for line in said:
             log.say(line)
+        if int(state.step) < run.num_steps:
+            log.say(f"{run.folder}: step {int(state.step)} of {run.num_steps} on {device.count} x {device.platform}, "
+                    f"{np.dtype(device.dtype).name}, {len(run.train_ids)} cases to train, {len(run.validation_ids)} to validate")
         try:
-            if int(state.step) < run.num_steps:
-                log.say(f"{run.folder}: step {int(state.step)} of {run.num_steps} on {device.count} x {device.platform}, "
-                        f"{np.dtype(device.dtype).name}, {len(run.train_ids)} cases to train, {len(run.validation_ids)} to validate")
-                _run_steps(run, device, graphdef, state, log, checkpoints, stop)
+            with stage_programs(run, device, graphdef, state) as programs:
+                online = OnlineValidation(run, device, graphdef)
+                while int(state.step) < run.num_steps:
+                    try:
+                        state, run = _run_steps(run, device, state, programs, online, log, checkpoints, stop)
+                    except StageTooLarge as error:
+                        run = with_smaller_batch(run, error, device, log.say)
+                        state = checkpoints.restore(abstract(state, device.whole)) or initial_state(run, device)[1]
+                        log.rewind(int(state.step))
         finally:
             draw(run, log)
             log.close()
 
 
-def _run_steps(run: Experiment, device: Device, graphdef: nnx.GraphDef, state: TrainState, log: RunLog,
-               checkpoints: Checkpoints, stop: StopRequest) -> None:
-    """Every step from the state's to the last; what to do after a step is decided from the step number alone."""
+def _run_steps(run: Experiment, device: Device, state: TrainState, programs: StagePrograms, online: OnlineValidation, log: RunLog,
+               checkpoints: Checkpoints, stop: StopRequest) -> tuple[TrainState, Experiment]:
+    """Every step from the state's to the last; what to do after a step is decided from the step number alone.
+
+    Returns early, with another schedule for what is left, when a time budget has to be corrected at the end of a stage.
+    Raises StageTooLarge when the device runs out of memory, Stopped when asked to stop.
+    """
     first, per_epoch = int(state.step), run.config.steps_per_epoch
-    meter, online = Meter(log, run.schedule), OnlineValidation(run, device, graphdef)
-    starts = run_starts(run.schedule)
+    meter, starts = Meter(log, run.schedule), run_starts(run.schedule)
     saved_at = time.monotonic()
-    with (stage_programs(run, device, graphdef, state) as programs, open_stream(run, device, first, log.say) as batches,
-          progress_bar() as bar):
+    with open_stream(run, device, first, log.say) as batches, progress_bar() as bar:
         task = bar.add_task("training", total=run.num_steps, completed=first, note="")
         for step in range(first, run.num_steps):
             stage = run.schedule.stage_at(step)
-            if step == first or step in starts:
-                meter.settle()
-                enter_stage(run, log, programs, step, starts)
-                meter.resume_clock()
-            batch = next(batches)
-            state, metrics = programs.get(stage)(state, put(batch, device), run.learning_rates[step])
-            meter.note(step, metrics, batches.waited_seconds)
+            with memory_errors_of(stage):
+                if step == first or step in starts:
+                    meter.settle()
+                    enter_stage(run, log, programs, step, starts)
+                    meter.resume_clock()
+                batch = next(batches)
+                state, metrics = programs.get(stage)(state, put(batch, device), run.learning_rates[step])
+                meter.note(step, metrics, batches.waited_seconds)
             bar.update(task, completed=step + 1, note=f"{stage}  {meter.latest}")
             if meter.steps_in_stage == STEPS_BEFORE_FORECAST:
                 log.say(f"  {meter.forecast(step)}")
@@ -83,51 +104,68 @@ def _run_steps(run: Experiment, device: Device, graphdef: nnx.GraphDef, state: T
             done, best = step + 1, False
             if done % per_epoch == 0 or done == run.num_steps:
                 meter.settle()
-                best = online(state.params, meter, log, done)
+                best = online(run, state.params, meter, log, done)
                 draw(run, log)
                 meter.resume_clock()
             overdue = time.monotonic() - saved_at > 60 * run.config.checkpoint_minutes
-            if best or overdue or done in starts or done == run.num_steps or stop.reason:
+            reason = stop.reason
+            if best or overdue or done in starts or done == run.num_steps or reason:
                 meter.settle()
                 save(checkpoints, log, state, done, best, meter.best_ema())
                 saved_at = time.monotonic()
                 meter.resume_clock()
-            if stop.reason and done < run.num_steps:
-                log.say(f"stopped by {stop.reason} after step {done} of {run.num_steps}; the same command goes on from here")
-                raise Stopped(stop.reason)
+            if reason and done < run.num_steps:
+                log.say(f"stopped by {reason} after step {done} of {run.num_steps}; the same command goes on from here")
+                raise Stopped(reason)
+            if done in starts and run.config.max_hours is not None:
+                corrected = in_time(run, meter, done, log.say)
+                if corrected is not run:
+                    return state, corrected
+    return state, run
+
+
+@contextmanager
+def memory_errors_of(stage: Stage) -> Iterator[None]:
+    """Turn whatever says that the device is out of memory into StageTooLarge."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise StageTooLarge(stage) from error
+        raise
+
+
+def with_smaller_batch(run: Experiment, error: StageTooLarge, device: Device, say: Callable[[str], None]) -> Experiment:
+    """The run with half the batch in the stage that was too large, from now on and on resume; raises when it has one patch."""
+    try:
+        run = with_schedule(run, halve_batch(run.schedule, error.stage.index, device.count))
+    except ValueError as no_smaller:
+        raise InputError(f"stage {error.stage.index} ({error.stage}): the device has too little memory even for one patch; "
+                         "use fewer features (--network.base-features) or a device with more memory") from no_smaller
+    store_schedule(run)
+    say(f"out of memory in stage {error.stage.index} ({error.stage}); going on from the last checkpoint with "
+        f"{run.schedule.stages[error.stage.index]}")
+    return run
+
+
+def in_time(run: Experiment, meter: Meter, done: int, say: Callable[[str], None]) -> Experiment:
+    """Stretch or shorten what is left of the schedule so that the time budget is kept; the same run if it is close enough."""
+    left = 3600 * run.config.max_hours * SHARE_OF_STEPS - meter.seconds_spent()
+    schedule = rescale_rest(run.schedule, done, meter.seconds_per_step, max(left, 1.0))
+    longest = run.config.epochs * run.config.steps_per_epoch
+    change = (schedule.num_steps - run.num_steps) / max(run.num_steps - done, 1)
+    if abs(change) < WORTH_CORRECTING or schedule.num_steps > longest:
+        return run
+    corrected = with_schedule(run, schedule)
+    store_schedule(corrected)
+    say(f"{run.num_steps} steps were planned; {corrected.num_steps} keep the budget of {run.config.max_hours:g} hours")
+    return corrected
 
 
 def run_starts(schedule: Schedule) -> dict[int, int]:
     """First step of each stretch of one stage -> its stage index; empty where stages change at random (RPSS)."""
     stretches = schedule.runs()
     return {} if len(stretches) > len(schedule.stages) else {first: stage.index for stage, first, _ in stretches}
-
-
-def initial_state(run: Experiment, device: Device) -> tuple[nnx.GraphDef, TrainState]:
-    """Structure of the network, and the state before the first step (the same for the same seed)."""
-    network = build(run.configuration.architecture, run.channels, run.labels.num_outputs,
-                    dtype=device.dtype, rngs=nnx.Rngs(run.config.seed))
-    graphdef, params = split(network)
-    return graphdef, jax.device_put(init_state(params, optimizer_of(run)), device.whole)
-
-
-def optimizer_of(run: Experiment) -> optax.GradientTransformation:
-    """The optimizer; the head that deep supervision gives no weight stays as it is, as in nnU-Net."""
-    return make_optimizer(run.config.optim, lowest_head(run.configuration.architecture))
-
-
-def stage_programs(run: Experiment, device: Device, graphdef: nnx.GraphDef, state: TrainState) -> StagePrograms:
-    """The compiled training step of every stage, made when asked for or ahead of time."""
-    optimizer = optimizer_of(run)
-    abstract_state = abstract(state, device.whole)
-
-    def lower(stage: Stage) -> jax.stages.Lowered:
-        step = make_train_step(graphdef, optimizer, run.labels, run.configuration.batch_dice, run.policy, stage.patch_size,
-                               run.config.seed)
-        batch = abstract_batch(device, stage.batch_size, crop_size(run.policy, stage.patch_size), run.channels, run.label_dtype)
-        return jax.jit(step, donate_argnums=0).lower(abstract_state, batch, jax.ShapeDtypeStruct((), jnp.float32))
-
-    return StagePrograms(lower, compiler_options(device.platform))
 
 
 def enter_stage(run: Experiment, log: RunLog, programs: StagePrograms, step: int, starts: dict[int, int]) -> None:

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from pgps_jax.curriculum import Schedule
+from pgps_jax.curriculum import Schedule, Stage
 from pgps_jax.report.run_log import RunLog
 from pgps_jax.train.step import StepMetrics, ValidationCounts
 
@@ -84,6 +84,19 @@ class Meter:
             input_wait_seconds=round(sum(r["input_wait"] for r in steps), 3),
         )
 
+    def seconds_spent(self) -> float:
+        """Seconds of the run so far: steps, validation, waiting for programs; over all its sessions."""
+        kinds = {"step": "seconds", "epoch": "validation_seconds", "stage": "stall_seconds"}
+        return sum(r[kinds[r["kind"]]] for r in self._log.records if r["kind"] in kinds)
+
+    def seconds_per_step(self, stage: Stage) -> float:
+        """Median over a stage's last steps; a stage not seen yet costs as much per voxel as the last one seen."""
+        for index in (stage.index, max((r["stage"] for r in self._log.of_kind("step")), default=0)):
+            taken = [r["seconds"] for r in self._log.of_kind("step") if r["stage"] == index][-50:]
+            if taken:
+                return float(np.median(taken)) * stage.voxels / self._schedule.stages[index].voxels
+        raise ValueError("no step has been recorded yet")
+
     def best_ema(self) -> float:
         """Highest moving average of the pseudo-Dice so far; -1 before the first epoch."""
         return max((r["pseudo_dice_ema"] for r in self._log.of_kind("epoch") if r["pseudo_dice_ema"] is not None), default=-1.0)
@@ -96,7 +109,7 @@ class Meter:
         stage = int(self._schedule.stage_of_step[step])
         own = [r for r in self.last_steps(max(0, step - 50)) if r["stage"] == stage][1:]
         per_step = float(np.median([r["seconds"] for r in own])) if own else math.nan
-        voxels = np.array([math.prod(s.patch_size) * s.batch_size for s in self._schedule.stages], np.float64)
+        voxels = np.array([s.voxels for s in self._schedule.stages], np.float64)
         left = voxels[self._schedule.stage_of_step[step + 1:]].sum() / voxels[stage] * per_step
         return f"{per_step:.3g} s per step; about {duration(left)} of training are left on this machine"
 

@@ -21,7 +21,7 @@ class OnlineValidation:
     """Call it at the end of an epoch; it records the epoch and tells whether its moving average is the best so far."""
 
     def __init__(self, run: Experiment, device: Device, graphdef: nnx.GraphDef):
-        self._run, self._device = run, device
+        self._device = device
         stage = Stage(0, run.configuration.patch_size, run.configuration.batch_size)
         self._source = validation_source(
             run.store, run.validation_ids, stage, run.config.sampling, seed=run.config.seed,
@@ -30,20 +30,20 @@ class OnlineValidation:
         self._step = jax.jit(make_validation_step(graphdef, run.labels, run.configuration.batch_dice))
         self._program: jax.stages.Compiled | None = None
 
-    def __call__(self, params: PyTree, meter: Meter, log: RunLog, done: int) -> bool:
+    def __call__(self, run: Experiment, params: PyTree, meter: Meter, log: RunLog, done: int) -> bool:
         """Validate after `done` steps."""
-        began, per_epoch = time.perf_counter(), self._run.config.steps_per_epoch
+        began, per_epoch = time.perf_counter(), run.config.steps_per_epoch
         if self._program is None:
             lowered = self._step.lower(abstract(params, self._device.whole), self._batch)
             self._program = lowered.compile(compiler_options(self._device.platform) or None)
         best_before = meter.best_ema()
         epoch = (done - 1) // per_epoch
-        steps = self._run.config.validation_steps
+        steps = run.config.validation_steps
         batches = (self._source.batch_of_step(epoch * steps + i) for i in range(steps))  # read while the one before computes
         counts = [self._program(params, put(batch, self._device)) for batch in batches]
-        record = meter.epoch(epoch, epoch * per_epoch, done - 1, float(self._run.learning_rates[done - 1]),
+        record = meter.epoch(epoch, epoch * per_epoch, done - 1, float(run.learning_rates[done - 1]),
                              jax.device_get(counts), time.perf_counter() - began)
-        log.say(_line(record, self._run))
+        log.say(_line(record, run))
         return (record["pseudo_dice_ema"] or 0) > best_before
 
 

@@ -1,0 +1,55 @@
+"""From an experiment to what JAX runs: network, first state, optimizer, and the program of each stage."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from pgps_jax.curriculum import Stage
+from pgps_jax.data.pipeline import PatchBatch
+from pgps_jax.models import build, lowest_head
+from pgps_jax.models.conv import compiler_options
+from pgps_jax.train.augment import crop_size
+from pgps_jax.train.device import Device, abstract_batch
+from pgps_jax.train.optim import make_optimizer
+from pgps_jax.train.programs import StagePrograms
+from pgps_jax.train.state import TrainState, abstract, init_state, split
+from pgps_jax.train.step import make_train_step
+from pgps_jax.workspace import Experiment
+
+
+def initial_state(run: Experiment, device: Device) -> tuple[nnx.GraphDef, TrainState]:
+    """Structure of the network, and the state before the first step (the same for the same seed)."""
+    network = build(run.configuration.architecture, run.channels, run.labels.num_outputs,
+                    dtype=device.dtype, rngs=nnx.Rngs(run.config.seed))
+    graphdef, params = split(network)
+    return graphdef, jax.device_put(init_state(params, optimizer_of(run)), device.whole)
+
+
+def optimizer_of(run: Experiment) -> optax.GradientTransformation:
+    """The optimizer; the head that deep supervision gives no weight stays as it is, as in nnU-Net."""
+    return make_optimizer(run.config.optim, lowest_head(run.configuration.architecture))
+
+
+def stage_programs(run: Experiment, device: Device, graphdef: nnx.GraphDef, state: TrainState) -> StagePrograms:
+    """The compiled training step of every stage, made when asked for or ahead of time."""
+    return StagePrograms(stage_lowering(run, device, graphdef, state), compiler_options(device.platform))
+
+
+def stage_lowering(run: Experiment, device: Device, graphdef: nnx.GraphDef, state: TrainState) -> Callable[[Stage], jax.stages.Lowered]:
+    """A function that traces the training step of a stage; the state that goes in is given up for the one that comes out."""
+    optimizer, abstract_state = optimizer_of(run), abstract(state, device.whole)
+
+    def lower(stage: Stage) -> jax.stages.Lowered:
+        step = make_train_step(graphdef, optimizer, run.labels, run.configuration.batch_dice, run.policy, stage.patch_size,
+                               run.config.seed)
+        return jax.jit(step, donate_argnums=0).lower(abstract_state, stage_batch(run, device, stage), jax.ShapeDtypeStruct((), jnp.float32))
+
+    return lower
+
+
+def stage_batch(run: Experiment, device: Device, stage: Stage) -> PatchBatch:
+    """Shapes of a stage's batches as the host cuts them."""
+    return abstract_batch(device, stage.batch_size, crop_size(run.policy, stage.patch_size), run.channels, run.label_dtype)

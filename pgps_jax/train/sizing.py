@@ -1,0 +1,98 @@
+"""Before a run's first step: batch sizes that fill the device, and a length that fits a time budget.
+
+Both need compiled programs, so they are found once, written to schedule.json and read again on resume.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pgps_jax.curriculum import Schedule, Stage, batch_policy, with_batch_sizes
+from pgps_jax.models.conv import compiler_options
+from pgps_jax.pacing import fit_to_seconds
+from pgps_jax.train.device import open_device
+from pgps_jax.train.memory import choose_batch_size, device_budget
+from pgps_jax.train.setup import initial_state, stage_batch, stage_lowering
+from pgps_jax.workspace import Experiment, planned_schedule, with_schedule
+
+PREFETCHED_BATCHES = 2  # that wait on the device beside the one in use
+TIMED_STEPS = 3
+SHARE_OF_STEPS = 0.9  # of a time budget; the rest is for compiling, validation and checkpoints
+
+
+def sized(run: Experiment, say: Callable[[str], None]) -> Experiment:
+    """The experiment with batch sizes and length found on this machine, where its config asks for that."""
+    if batch_policy(run.config.curriculum) == "device-memory":
+        run = fill_memory(run, say)
+    if run.config.max_hours is not None:
+        run = fit_hours(run, say)
+    return run
+
+
+def fill_memory(run: Experiment, say: Callable[[str], None]) -> Experiment:
+    """Batch sizes that fill the device's memory, one per stage; nothing is executed.
+
+    Raises InputError when not even the smallest batch of a stage fits.
+    """
+    device = open_device(run.schedule.stages, run.config.network.precision)
+    graphdef, state = initial_state(run, device)
+    lower = stage_lowering(run, device, graphdef, state)
+    del state
+    options = compiler_options(device.platform) or None
+    features = max(run.configuration.architecture.features_per_stage[:1], default=1)
+    budget = device_budget(run.config.curriculum.memory_fraction)
+    chosen = []
+    for stage in run.schedule.stages:
+        waiting = sum(s.size * s.dtype.itemsize for s in stage_batch(run, device, stage)) // stage.batch_size
+        choice = choose_batch_size(
+            lambda batch, stage=stage: lower(dataclasses.replace(stage, batch_size=batch)).compile(options),
+            stage, budget, elements_per_patch=math.prod(stage.patch_size) * features,
+            multiple_of=len(jax.devices()), extra_bytes_per_patch=PREFETCHED_BATCHES * waiting,
+        )
+        say(choice.reason)
+        chosen.append(choice.batch_size)
+    return with_schedule(run, with_batch_sizes(run.schedule, chosen))
+
+
+def fit_hours(run: Experiment, say: Callable[[str], None]) -> Experiment:
+    """Shorten the run so that all its stages fit `max_hours`, from the seconds per step of the smallest and largest stages.
+
+    The seconds of the others lie on the line through both, by voxels; borders are corrected while training.
+    """
+    device = open_device(run.schedule.stages, run.config.network.precision)
+    by_voxels = sorted(run.schedule.stages, key=lambda stage: stage.voxels)
+    ends = [by_voxels[0], by_voxels[-1]]
+    voxels, seconds = zip(*((stage.voxels, seconds_per_step(run, device, stage)) for stage in ends), strict=True)
+
+    def estimate(stage: Stage) -> float:
+        return float(np.interp(stage.voxels, voxels, seconds)) if voxels[0] < voxels[1] else seconds[1]
+
+    def make(num_steps: int) -> Schedule:
+        return planned_schedule(run.config, run.configuration, len(run.train_ids), num_steps)
+
+    budget = SHARE_OF_STEPS * 3600 * run.config.max_hours
+    steps = fit_to_seconds(make, estimate, budget, run.config.steps_per_epoch, run.config.epochs * run.config.steps_per_epoch)
+    say(f"{steps} of {run.config.epochs * run.config.steps_per_epoch} steps fit {run.config.max_hours:g} hours "
+        f"({seconds[0]:.3g} s per step in the smallest stage, {seconds[1]:.3g} s in the largest)")
+    sizes = {stage.patch_size: stage.batch_size for stage in run.schedule.stages}
+    schedule = make(steps)
+    return with_schedule(run, with_batch_sizes(schedule, [sizes.get(s.patch_size, s.batch_size) for s in schedule.stages]))
+
+
+def seconds_per_step(run: Experiment, device, stage: Stage) -> float:
+    """Median seconds of a training step on empty patches."""
+    graphdef, state = initial_state(run, device)
+    program = stage_lowering(run, device, graphdef, state)(stage).compile(compiler_options(device.platform) or None)
+    batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), stage_batch(run, device, stage))
+    taken = []
+    for _ in range(TIMED_STEPS + 1):
+        began = time.perf_counter()
+        state, metrics = program(state, batch, np.float32(0))
+        jax.block_until_ready(metrics)
+        taken.append(time.perf_counter() - began)
+    return float(np.median(taken[1:]))
