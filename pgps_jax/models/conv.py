@@ -30,13 +30,7 @@ def conv3d(
     if kernel.shape[:3] == (1, 1, 1) and tuple(stride) == (1, 1, 1):
         y = jnp.tensordot(x, kernel[0, 0, 0], axes=1)
     else:
-        y = lax.platform_dependent(
-            x,
-            kernel,
-            cpu=functools.partial(_conv_by_slices, stride=stride),
-            cuda=functools.partial(_conv_padded_channels, stride=stride),
-            default=functools.partial(_conv_native, stride=stride),
-        )
+        y = _conv(x, kernel, tuple(stride))
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -104,6 +98,33 @@ def _leaky(x, sign, slope):
     return x if slope == 1.0 else jnp.where(sign > 0, x, slope * x)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv(x, kernel, stride: Size):
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_conv_cpu, stride=stride),
+        cuda=functools.partial(_conv_padded_channels, stride=stride),
+        default=functools.partial(_conv_native, stride=stride),
+    )
+
+
+def _conv_backward(stride, kept, g):
+    def gradients_of(convolve):
+        return lambda x, kernel, g: jax.vjp(functools.partial(convolve, stride=stride), x, kernel)[1](g)
+
+    return lax.platform_dependent(
+        *kept,
+        g,
+        cpu=functools.partial(_conv_cpu_gradients, stride=stride),
+        cuda=gradients_of(_conv_padded_channels),
+        default=gradients_of(_conv_native),
+    )
+
+
+_conv.defvjp(lambda x, kernel, stride: (_conv(x, kernel, stride), (x, kernel)), _conv_backward)
+
+
 def _padding(kernel) -> list[tuple[int, int]]:
     return [((k - 1) // 2,) * 2 for k in kernel.shape[:-2]]
 
@@ -121,23 +142,105 @@ def _conv_padded_channels(x, kernel, *, stride):
     return _conv_native(x, kernel, stride=stride)
 
 
-def _conv_by_slices(x, kernel, *, stride):
+def _conv_cpu(x, kernel, *, stride):
+    """Sum of 2D convolutions over planes of the depth axis; the planes are few by Winograd's trick, if not strided."""
     dtype = x.dtype
     x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)  # half precision gains nothing here: round once
+    convolve = _conv_winograd if _is_winograd(x, kernel, stride) else functools.partial(_conv_by_slices, stride=stride)
+    return convolve(x, kernel).astype(dtype)
+
+
+def _conv_cpu_gradients(x, kernel, g, *, stride):
+    dtype = x.dtype
+    x, kernel, g = (a.astype(jnp.float32) for a in (x, kernel, g))
+    if _is_winograd(x, kernel, stride):
+        g_x = _conv_winograd(g, kernel[::-1, ::-1, ::-1].swapaxes(3, 4))
+        g_kernel = _winograd_kernel_gradient(x, kernel, g)
+    else:
+        g_x, g_kernel = jax.vjp(functools.partial(_conv_by_slices, stride=stride), x, kernel)[1](g)
+    return g_x.astype(dtype), g_kernel.astype(dtype)
+
+
+def _conv2d(x, kernel, stride=(1, 1)):
+    return lax.conv_general_dilated(x, kernel, stride, _padding(kernel), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _conv_by_slices(x, kernel, *, stride):
     b, d, h, w, ci = x.shape
     kd = kernel.shape[0]
     pad = (kd - 1) // 2
+    if d == 1 and kd == 3:  # the outer slices would see padding only
+        kernel, kd, pad = kernel[1:2], 1, 0
     depth = (d + 2 * pad - kd) // stride[0] + 1
     padded = jnp.pad(x, [(0, 0), (pad, pad), (0, 0), (0, 0), (0, 0)])
     total = 0.0
     for i in range(kd):
         planes = lax.slice_in_dim(padded, i, i + (depth - 1) * stride[0] + 1, stride[0], axis=1)
-        y = lax.conv_general_dilated(
-            planes.reshape(b * depth, h, w, ci),
-            kernel[i],
-            stride[1:],
-            _padding(kernel[i]),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        total = total + y
-    return total.reshape(b, depth, *total.shape[1:]).astype(dtype)
+        total = total + _conv2d(planes.reshape(b * depth, h, w, ci), kernel[i], stride[1:])
+    return total.reshape(b, depth, *total.shape[1:])
+
+
+# Winograd's F(4, 3) along depth (Lavin and Gray 2016): 6 products of planes instead of 12 give 4 planes of output.
+# Rows of INPUT mix 6 neighbouring planes, rows of KERNEL the 3 slices of the kernel, rows of OUTPUT the 6 products.
+_INPUT = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+_KERNEL = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+_OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+
+
+def _is_winograd(x, kernel, stride) -> bool:
+    return kernel.shape[0] == 3 and stride[0] == 1 and tuple(stride) == (1, 1, 1) and x.shape[1] >= 3
+
+
+def _mix(row, arrays):
+    """Linear combination that skips zero coefficients."""
+    return sum(float(c) * a if c != 1 else a for c, a in zip(row, arrays, strict=True) if c)
+
+
+def _winograd_planes(x):
+    """Mixed input planes: 6 arrays (b * blocks, h, w, c) for `blocks` blocks of 4 output planes."""
+    b, d, h, w, c = x.shape
+    blocks = -(-d // 4)
+    x = jnp.pad(x, [(0, 0), (1, 4 * blocks + 3 - d), (0, 0), (0, 0), (0, 0)]).reshape(b, blocks + 1, 4, h, w, c)
+    planes = [x[:, :-1, j] for j in range(4)] + [x[:, 1:, j] for j in range(2)]
+    return [_mix(row, planes).reshape(b * blocks, h, w, c) for row in _INPUT]
+
+
+def _conv_winograd(x, kernel):
+    b, d = x.shape[:2]
+    products = [_conv2d(planes, _mix(row, kernel)) for planes, row in zip(_winograd_planes(x), _KERNEL, strict=True)]
+    y = jnp.stack([_mix(row, products) for row in _OUTPUT], axis=1)
+    return y.reshape(b, -1, *y.shape[2:])[:, :d]
+
+
+def _winograd_kernel_gradient(x, kernel, g):
+    b, d, h, w, c = g.shape
+    blocks = -(-d // 4)
+    g = jnp.pad(g, [(0, 0), (0, 4 * blocks - d), (0, 0), (0, 0), (0, 0)]).reshape(b * blocks, 4, h, w, c)
+    columns = list(zip(*_OUTPUT, strict=True))
+    products = []
+    for planes, column in zip(_winograd_planes(x), columns, strict=True):
+        _, pullback = jax.vjp(lambda k, planes=planes: _conv2d(planes, k), kernel[0])
+        products += pullback(_mix(column, [g[:, r] for r in range(4)]))
+    return jnp.stack([_mix(column, products) for column in zip(*_KERNEL, strict=True)])
+
+
+def compiler_options(platform: str) -> dict[str, str]:
+    """XLA options for programs that train or run these networks on `platform` ("cpu", "gpu", ...), for `compile`.
+
+    On CPU the YNN library is left the reductions, where it is fast; convolutions and matrix products go to Eigen.
+    """
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"} if platform == "cpu" else {}
