@@ -189,7 +189,7 @@ def show_schedule(command: ShowSchedule) -> None:
 
 def run_training(config: RunConfig) -> dict:
     """Train, then measure on the validation cases; returns the summary."""
-    choose_platform(config.device, config.deterministic)
+    choose_platform(config.device)
     for line in (enable_compilation_cache(cache_folder(), CACHE_BYTES), *warnings()):
         if line:
             complain(line)

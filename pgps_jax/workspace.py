@@ -106,8 +106,8 @@ def configuration_of(plan: Plan, name: str, network: NetworkConfig = NetworkConf
     architecture = configuration.architecture
     if network.base_features is None and network.max_features is None:
         return configuration
-    base = network.base_features or architecture.features_per_stage[0]
-    largest = network.max_features or max(architecture.features_per_stage)
+    base = architecture.features_per_stage[0] if network.base_features is None else network.base_features
+    largest = max(architecture.features_per_stage) if network.max_features is None else network.max_features
     if base < 1 or largest < base:
         raise InputError(f"--network.base-features {base} and --network.max-features {largest}: want 1 <= base <= max")
     features = tuple(min(base * 2**i, largest) for i in range(len(architecture.features_per_stage)))

@@ -345,14 +345,22 @@ def check_dataset(dataset: Dataset, progress: Progress | None = None, workers: i
     """
     said = dataset.json.get("numTraining")
     if said != len(dataset.cases):
+        alone = _labels_without_image(dataset)
+        hint = f" ({', '.join(alone[:5])} {'has a label' if len(alone) == 1 else 'have labels'} but no image)" if alone else ""
         raise InputError(f'{dataset.folder / "dataset.json"}: numTraining is {said!r} but {len(dataset.cases)} cases '
-                         "were found; correct the number, or complete the dataset")
+                         f"were found{hint}; correct the number, or complete the dataset")
     faults = [_header_fault(case) for case in dataset.cases]  # cheap, so before all voxels
     if not any(faults):
         faults = map_cases(lambda case: _voxel_fault(case, dataset.labels), dataset.cases, progress, workers)
     faults = [fault for fault in faults if fault]
     if faults:
         raise InputError(faults[0] + (f". {len(faults) - 1} more cases have faults" if len(faults) > 1 else ""))
+
+
+def _labels_without_image(dataset: Dataset) -> list[str]:
+    folder, known = dataset.folder / "labelsTr", {case.id for case in dataset.cases}
+    names = [path.name for path in folder.iterdir() if path.name.endswith(dataset.file_ending)] if folder.is_dir() else []
+    return sorted({name.removesuffix(dataset.file_ending) for name in names} - known)
 
 
 def map_cases(function: Callable, cases: tuple[Case, ...], progress: Progress | None, workers: int | None) -> list:

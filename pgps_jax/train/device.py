@@ -35,19 +35,19 @@ class Device(NamedTuple):
         return self.split.mesh.size
 
 
-def choose_platform(name: str, deterministic: bool = False) -> None:
+def choose_platform(name: str) -> None:
     """Make JAX use a platform ("auto": its own choice). Call it before anything is computed.
 
     Raises InputError when there is no such device.
     """
-    if name != "auto":
-        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
-    if deterministic:
-        jax.config.update("jax_default_matmul_precision", "highest")
+    if name == "auto":
+        return
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
     try:
-        jax.devices()
+        jax.devices(name)  # by name: a platform chosen earlier in this process stays the default
     except RuntimeError as error:
-        jax.config.update("jax_platforms", None)
+        jax.config.update("jax_platforms", before)
         raise InputError(f"--device {name}: JAX finds no such device ({str(error).splitlines()[0]}); "
                          "use --device cpu, or install the matching extra (cuda12, cuda13, tpu)") from None
 

@@ -8,10 +8,10 @@ from jaxtyping import PyTree
 
 from pgps_jax.curriculum import Stage
 from pgps_jax.data.pipeline import validation_source
-from pgps_jax.models.conv import compiler_options
 from pgps_jax.report.run_log import RunLog
 from pgps_jax.train.device import Device, abstract_batch, put
 from pgps_jax.train.meter import Meter
+from pgps_jax.train.setup import program_options
 from pgps_jax.train.state import abstract
 from pgps_jax.train.step import make_validation_step
 from pgps_jax.workspace import Experiment
@@ -35,7 +35,7 @@ class OnlineValidation:
         began, per_epoch = time.perf_counter(), run.config.steps_per_epoch
         if self._program is None:
             lowered = self._step.lower(abstract(params, self._device.whole), self._batch)
-            self._program = lowered.compile(compiler_options(self._device.platform) or None)
+            self._program = lowered.compile(program_options(run, self._device))
         best_before = meter.best_ema()
         epoch = (done - 1) // per_epoch
         steps = run.config.validation_steps

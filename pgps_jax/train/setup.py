@@ -1,6 +1,7 @@
 """From an experiment to what JAX runs: network, first state, optimizer, and the program of each stage."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,13 @@ def optimizer_of(run: Experiment) -> optax.GradientTransformation:
 
 def stage_programs(run: Experiment, device: Device, graphdef: nnx.GraphDef, state: TrainState) -> StagePrograms:
     """The compiled training step of every stage, made when asked for or ahead of time."""
-    return StagePrograms(stage_lowering(run, device, graphdef, state), compiler_options(device.platform))
+    return StagePrograms(stage_lowering(run, device, graphdef, state), program_options(run, device))
+
+
+def program_options(run: Experiment, device: Device) -> dict[str, Any] | None:
+    """Options with which XLA compiles the programs of a run."""
+    exact = {"xla_gpu_exclude_nondeterministic_ops": True} if run.config.deterministic and device.platform == "gpu" else {}
+    return compiler_options(device.platform) | exact or None
 
 
 def stage_lowering(run: Experiment, device: Device, graphdef: nnx.GraphDef, state: TrainState) -> Callable[[Stage], jax.stages.Lowered]:

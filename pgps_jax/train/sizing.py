@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgps_jax.curriculum import Schedule, Stage, batch_policy, with_batch_sizes
-from pgps_jax.models.conv import compiler_options
 from pgps_jax.pacing import fit_to_seconds
 from pgps_jax.train.device import open_device
 from pgps_jax.train.memory import choose_batch_size, device_budget
-from pgps_jax.train.setup import initial_state, stage_batch, stage_lowering
+from pgps_jax.train.setup import initial_state, program_options, stage_batch, stage_lowering
 from pgps_jax.workspace import Experiment, planned_schedule, with_schedule
 
 PREFETCHED_BATCHES = 2  # that wait on the device beside the one in use
@@ -43,7 +42,7 @@ def fill_memory(run: Experiment, say: Callable[[str], None]) -> Experiment:
     graphdef, state = initial_state(run, device)
     lower = stage_lowering(run, device, graphdef, state)
     del state
-    options = compiler_options(device.platform) or None
+    options = program_options(run, device)
     features = max(run.configuration.architecture.features_per_stage[:1], default=1)
     budget = device_budget(run.config.curriculum.memory_fraction)
     chosen = []
@@ -87,7 +86,7 @@ def fit_hours(run: Experiment, say: Callable[[str], None]) -> Experiment:
 def seconds_per_step(run: Experiment, device, stage: Stage) -> float:
     """Median seconds of a training step on empty patches."""
     graphdef, state = initial_state(run, device)
-    program = stage_lowering(run, device, graphdef, state)(stage).compile(compiler_options(device.platform) or None)
+    program = stage_lowering(run, device, graphdef, state)(stage).compile(program_options(run, device))
     batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), stage_batch(run, device, stage))
     taken = []
     for _ in range(TIMED_STEPS + 1):
