@@ -21,7 +21,7 @@ from pgps_jax.errors import InputError
 
 Spacing = tuple[float, float, float]
 NIFTI_ENDINGS = (".nii.gz", ".nii")
-SITK_ENDINGS = (".nrrd", ".mha", ".mhd", ".gipl", ".nhdr")
+SITK_ENDINGS = (".nrrd", ".mha", ".gipl")
 _UNREADABLE = (
     OSError, EOFError, ValueError, zlib.error, HeaderDataError, ImageDataError, nibabel.filebasedimages.ImageFileError,
 )  # fmt: skip

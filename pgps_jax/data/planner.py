@@ -117,7 +117,7 @@ def make_plan(
         "dataset_name": dataset.name,
         "plans_name": preset.plans_name,
         "original_median_spacing_after_transp": np.median(fingerprint.spacings, axis=0)[forward].tolist(),
-        "original_median_shape_after_transp": [int(n) for n in original],
+        "original_median_shape_after_transp": [round(n) for n in original.tolist()],
         "image_reader_writer": dataset.json.get("overwrite_image_reader_writer")
         or _READERS.get(dataset.file_ending, "SimpleITKIO"),
         "transpose_forward": forward,

@@ -34,7 +34,7 @@ def current() -> dict:
         "foreground_intensity_properties_per_channel": {"0": {"mean": 1.0}}, "my key": {"kept": [1, 2]},
         "configurations": {
             "3d_fullres": fullres,
-            "3d_big": {"inherits_from": "3d_fullres", "batch_size": 4, "my note": "kept"},
+            "3d_big": {"inherits_from": "3d_fullres", "batch_size": 4, "batch_dice": True, "my note": "kept"},
             "3d_bigger": {"inherits_from": "3d_big", "patch_size": [32, 64, 64]},
         },
     }  # fmt: skip

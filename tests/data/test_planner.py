@@ -127,6 +127,8 @@ def test_the_coarsest_axis_comes_first_and_the_way_back_is_its_inverse(tmp_path)
     assert plan.configurations["3d_fullres"].spacing == (3, 1, 1.5)
     assert plan.configurations["2d"].spacing == (3, 1, 1.5) and plan.configurations["2d"].patch_size[0] == 1
     assert plan.original_median_shape == (60, 100, 90)
+    odd = make_plan(dataset_of(tmp_path), fingerprint_of((1, 1, 1), (330.5, 375.5, 76)))
+    assert odd.original_median_shape == (330, 376, 76)  # halves to even
 
 
 def test_the_channel_name_and_the_crop_choose_the_normalisation(tmp_path):
