@@ -191,7 +191,7 @@ def crop_size(policy: AugmentPolicy, patch_size: Size) -> Size:
     angle = min(max_angle, math.pi / 2)
     c, s = math.cos(angle), math.sin(angle)
     d, h, w = patch_size
-    if d == 1:
+    if d == 1 and planar:
         d = 0  # 2D: the formulas for (h, w) alone
     sizes = (
         max(d, abs(d * c - w * s), d * c + h * s),
