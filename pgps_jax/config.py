@@ -99,7 +99,7 @@ def to_json(config: Any) -> dict:
     return plain(dataclasses.asdict(config))
 
 
-def from_json(kind: type, values: dict, where: str) -> Any:
+def from_json(kind: type, values: Any, where: str) -> Any:
     """Inverse of `to_json`. Raises InputError naming unknown or missing keys and wrong types; `where` names the file."""
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object for {kind.__name__}, found {type(values).__name__}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -130,8 +131,8 @@ class Demo:
 
     workspace: Path = Path("pgps_workspace/demo")
     """Folder under which everything is written."""
-    epochs: int = 24
-    """Length of training in epochs of 25 steps."""
+    epochs: int = 8
+    """Length of training in epochs of 120 steps."""
     fresh: bool = False
     """Start over."""
 
@@ -234,12 +235,27 @@ def evaluate(command: Evaluate) -> None:
     say(f"summary: {output}")
 
 
-def demo(command: Demo) -> None:
-    """Phantoms, training, held-out prediction and evaluation, with the commands that a user would type."""
+def demo(command: Demo) -> int:
+    """Phantoms, training, held-out prediction and evaluation, with the commands that a user would type; exit code."""
     raw = command.workspace / "raw" / "Dataset900_Phantoms"
     if not (raw / "dataset.json").exists():
         write_phantom_dataset(raw, num_cases=25, num_test=5)
-    main(["run", str(raw), "--workspace", str(command.workspace), "--epochs", str(command.epochs), "--steps-per-epoch", "25"])
+    common = ["--workspace", str(command.workspace)]
+    run = ["run", str(raw), *common, "--name", "demo", "--epochs", str(command.epochs), "--steps-per-epoch", "120", "--validation-steps", "4",
+           "--network.base-features", "8", "--augment.preset", "light", "--no-mirror-tta"]
+    run_folder = command.workspace / "runs" / raw.name / "demo" / "fold_0"
+    predictions = command.workspace / "predictions"
+    for arguments in (
+        [*run, "--fresh"] if command.fresh else run,
+        ["predict", str(run_folder), "-i", str(raw / "imagesTs"), "-o", str(predictions), "--no-mirror-tta", "--overwrite"],
+        ["evaluate", str(predictions), str(raw / "labelsTs"), "--dataset-json", str(raw / "dataset.json")],
+    ):
+        say(f"$ pgps-jax {' '.join(arguments)}")
+        code = main(arguments)
+        if code:
+            return code
+    say(f"picture of the training: {run_folder / 'progress.png'}")
+    return 0
 
 
 def experiment(config: RunConfig) -> int:
@@ -257,6 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def execute(command: object) -> int:
     """Carry out one parsed command; returns the exit code."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells its life story there
     try:
         match command:
             case PlanCommand():
@@ -276,7 +293,7 @@ def execute(command: object) -> int:
             case Evaluate():
                 evaluate(command)
             case Demo():
-                demo(command)
+                return demo(command)
     except InputError as error:
         complain(f"error: {error}")
         return EXIT_BAD_INPUT

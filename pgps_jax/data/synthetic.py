@@ -1,6 +1,6 @@
 """Labelled phantoms written as NIfTI in nnU-Net's raw layout: for the demo, the tests and the notebooks.
 
-Each volume holds a large textured ellipsoid (the organ, label 1) with one to three small bright balls inside (lesions,
+Each volume holds a large textured ellipsoid (the organ, label 1) with two to four small bright balls inside (lesions,
 label 2), a bright tube outside that looks like a lesion but is none, blur and noise. Easy enough to learn on two cores in
 minutes, imbalanced enough that a network which ignores small objects scores badly.
 """
@@ -28,10 +28,10 @@ def phantom(rng: np.random.Generator, shape: Size) -> tuple[Float[np.ndarray, "d
     label = organ.astype(np.uint8)
 
     lesion = np.zeros(shape, bool)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(2, 5)):
         direction = rng.normal(size=3)
         position = centre + radii * 0.6 * rng.uniform(0, 1) * direction / np.linalg.norm(direction)
-        lesion |= _ball(grid, position, np.full(3, rng.uniform(2.0, 4.0))) & organ
+        lesion |= _ball(grid, position, np.full(3, rng.uniform(2.5, 4.5))) & organ
     label[lesion] = LABELS["lesion"]
 
     corner = size * rng.uniform(0.05, 0.12, 3)

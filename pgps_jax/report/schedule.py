@@ -52,9 +52,9 @@ def schedule_table(rows: list[dict[str, Any]], title: str = "") -> Table:
     caption = f"{voxel_share(rows):.3f} of the voxels of constant-patch training with as many steps"
     table = Table(title=title or None, caption=caption)
     with_memory = any(row["memory_bytes"] is not None for row in rows)
-    headings = ["stage", "patch (d x h x w)", "batch", "first step", "steps", "voxels per step", "of constant"]
+    headings = ["stage", "patch (d x h x w)", "batch", "first step", "steps", "voxels/step", "share"]
     for heading in [*headings, "memory"] if with_memory else headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         cells = [str(row["stage"]), " x ".join(map(str, row["patch_size"])), f"{row['batch_size']:,}",
                  f"{row['first_step']:,}", f"{row['steps']:,}", f"{row['voxels_per_step']:,}", f"{row['share']:.3f}"]

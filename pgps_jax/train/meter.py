@@ -90,12 +90,20 @@ class Meter:
         return sum(r[kinds[r["kind"]]] for r in self._log.records if r["kind"] in kinds)
 
     def seconds_per_step(self, stage: Stage) -> float:
-        """Median over a stage's last steps; a stage not seen yet costs as much per voxel as the last one seen."""
-        for index in (stage.index, max((r["stage"] for r in self._log.of_kind("step")), default=0)):
-            taken = [r["seconds"] for r in self._log.of_kind("step") if r["stage"] == index][-50:]
-            if taken:
-                return float(np.median(taken)) * stage.voxels / self._schedule.stages[index].voxels
-        raise ValueError("no step has been recorded yet")
+        """Median over a stage's last steps; a stage not seen yet lies on the line through the two largest stages seen."""
+        seen: dict[int, list[float]] = {}
+        for record in self._log.of_kind("step"):
+            seen.setdefault(record["stage"], []).append(record["seconds"])
+        if not seen:
+            raise ValueError("no step has been recorded yet")
+        median = {self._schedule.stages[index]: float(np.median(taken[-50:])) for index, taken in seen.items()}
+        if stage in median:
+            return median[stage]
+        *_, smaller, larger = [None, *sorted(median, key=lambda s: s.voxels)]
+        if smaller is None or smaller.voxels == larger.voxels or median[larger] <= median[smaller]:
+            return median[larger] * stage.voxels / larger.voxels
+        slope = (median[larger] - median[smaller]) / (larger.voxels - smaller.voxels)
+        return max(median[larger] + slope * (stage.voxels - larger.voxels), min(median.values()))
 
     def best_ema(self) -> float:
         """Highest moving average of the pseudo-Dice so far; -1 before the first epoch."""
@@ -104,14 +112,16 @@ class Meter:
     def forecast(self, step: int) -> str:
         """Seconds per step of the running stage and the time that the rest of the run will take on this machine.
 
-        Stages not seen yet are taken to cost the same per voxel as the running one.
+        A stage not seen yet is taken to cost what `seconds_per_step` tells; with only one stage seen that is an
+        upper limit, because every step has a part that does not grow with the patch.
         """
-        stage = int(self._schedule.stage_of_step[step])
-        own = [r for r in self.last_steps(max(0, step - 50)) if r["stage"] == stage][1:]
-        per_step = float(np.median([r["seconds"] for r in own])) if own else math.nan
-        voxels = np.array([s.voxels for s in self._schedule.stages], np.float64)
-        left = voxels[self._schedule.stage_of_step[step + 1:]].sum() / voxels[stage] * per_step
-        return f"{per_step:.3g} s per step; about {duration(left)} of training are left on this machine"
+        stage = self._schedule.stage_at(step)
+        per_step = self.seconds_per_step(stage)
+        counts = np.bincount(self._schedule.stage_of_step[step + 1:], minlength=len(self._schedule.stages))
+        left = sum(n * self.seconds_per_step(s) for n, s in zip(counts, self._schedule.stages, strict=True) if n)
+        seen = {r["stage"] for r in self._log.of_kind("step")}
+        limit = "at most" if len(seen) == 1 and np.count_nonzero(counts) > 1 else "about"
+        return f"{per_step:.3g} s per step; {limit} {duration(left)} of training are left on this machine"
 
 
 def duration(seconds: float) -> str:
