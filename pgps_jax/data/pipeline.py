@@ -287,14 +287,6 @@ def validation_source(
     )
 
 
-def validation_batch(
-    store: CaseStore, case_ids: Sequence[str], stage: Stage, sampling: SamplingConfig, *, seed: int, index: int, **options
-) -> PatchBatch:
-    """One batch of `validation_source`, which takes the same options."""
-    source = validation_source(store, case_ids, stage, sampling, seed=seed, num_batches=index + 1, **options)
-    return source.batch_of_step(index)
-
-
 # -------------------------------------------------------------------------------------------------------- opened cases
 
 

@@ -205,18 +205,38 @@ def cut_crops(
     """
     size, shape = np.array(label.shape[1:]), np.array(case.seg.shape[1:])
     low, high = np.clip(start, 0, shape), np.clip(start + size, 0, shape)
-    around = low.min(axis=0), high.max(axis=0)
-    in_one = len(start) > 1 and np.prod(around[1] - around[0]) <= np.prod(high - low, axis=1).sum()
-    origin, image_source, label_source = np.zeros(3, int), case.image, case.seg
-    if in_one:  # many crops that overlap: decompress what they share once
-        whole = (slice(None), *(slice(int(a), int(b)) for a, b in zip(*around, strict=True)))
-        origin, image_source, label_source = around[0], case.image[whole], case.seg[whole]
-    limit = np.finfo(image.dtype).max if image.dtype == np.float16 else None
-    for row, begin, a, b in zip(rows, start, low, high, strict=True):
-        source = (slice(None), *(slice(int(x), int(y)) for x, y in zip(a - origin, b - origin, strict=True)))
-        target = tuple(slice(int(x), int(y)) for x, y in zip(a - begin, b - begin, strict=True))
-        piece = image_source[source]
-        if limit is not None:
-            piece = np.clip(piece, -limit, limit)  # intensities that were not normalised must not become infinite
-        image[(row, *target)] = np.moveaxis(piece, 0, -1)
-        label[(row, *target)] = label_source[source][0]
+    shared = np.prod(high.max(axis=0) - low.min(axis=0)) <= np.prod(high - low, axis=1).sum()
+    if len(start) > 1 and shared:
+        _cut_from_one_box(case, start, image, label, rows)
+        return
+    for row, begin, a, b in zip(rows.tolist(), start, low, high, strict=True):
+        source = (slice(None), *map(slice, a.tolist(), b.tolist()))
+        target = (row, *map(slice, (a - begin).tolist(), (b - begin).tolist()))
+        _write(np.moveaxis(case.image[source], 0, -1), image[target])
+        label[target] = case.seg[source][0]
+
+
+def _cut_from_one_box(case: StoredCase, start: np.ndarray, image: np.ndarray, label: np.ndarray, rows: np.ndarray) -> None:
+    """The same for crops that overlap so much that the box around all of them is smaller than they are together."""
+    size, shape = label.shape[1:], np.array(case.seg.shape[1:])
+    origin, extent = start.min(axis=0), start.max(axis=0) - start.min(axis=0) + size
+    low, high = np.clip(origin, 0, shape), np.clip(origin + extent, 0, shape)
+    source = (slice(None), *map(slice, low.tolist(), high.tolist()))
+    target = (slice(None), *map(slice, (low - origin).tolist(), (high - origin).tolist()))
+    corners = list(zip(rows.tolist(), (start - origin).tolist(), strict=True))
+    for stored, outside, crops in ((case.image, 0, image), (case.seg, -1, label[..., None])):
+        box = np.full((len(stored), *extent), outside, crops.dtype)
+        _write(stored[source], box[target])
+        windows = np.moveaxis(np.lib.stride_tricks.sliding_window_view(box, size, axis=(1, 2, 3)), 0, -1)
+        for row, (i, j, k) in corners:
+            crops[row] = windows[i, j, k]
+
+
+def _write(piece: np.ndarray, target: np.ndarray) -> None:
+    """Copy, and convert; intensities that were never normalised must not become infinite in float16."""
+    try:
+        with np.errstate(over="raise"):
+            target[...] = piece
+    except FloatingPointError:
+        largest = np.finfo(target.dtype).max
+        target[...] = np.clip(piece, -largest, largest)

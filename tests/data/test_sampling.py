@@ -141,11 +141,13 @@ def test_jitter_moves_forced_crops_within_its_range_and_reaches_both_ends():
 
 
 def test_classes_are_chosen_equally_among_those_present_whatever_their_size():
-    locations = {1: np.zeros((1000, 3), np.int32), 2: np.zeros((0, 3), np.int32), (1, 3): np.ones((3, 3), np.int32)}
+    locations = {1: np.arange(3000, dtype=np.int32).reshape(-1, 3), 2: np.zeros((0, 3), np.int32), (1, 3): np.ones((3, 3), np.int32)}
     numbers = np.random.default_rng(0).random((4000, 5))
-    labels = place(numbers, True, (9, 9, 9), locations, (4, 4, 4), (4, 4, 4)).label
+    start, labels = place(numbers, True, (9, 9, 9), locations, (4, 4, 4), (4, 4, 4))
     assert set(labels) == {1, (1, 3)}
     assert abs(labels.count(1) / 4000 - 0.5) < 4 * np.sqrt(0.25 / 4000)
+    chosen = start[[label == 1 for label in labels], 0] / 3000  # each voxel of a class is as likely as any other
+    assert abs(chosen.mean() - 0.5) < 4 * np.sqrt(1 / 12 / len(chosen)) and chosen.min() < 0.01 and chosen.max() > 0.99
 
     weighted = SamplingConfig(class_weights=(3.0, 5.0, 1.0))
     labels = place(numbers, True, (9, 9, 9), locations, (4, 4, 4), (4, 4, 4), weighted).label
@@ -186,8 +188,11 @@ def case():
     return StoredCase("case", image, seg, {}, {})
 
 
+OVERLAPPING = [[6 + i % 2, -4 + i % 3, -4 + i % 5] for i in range(30)]
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
-@pytest.mark.parametrize("starts", [[[0, 0, 0]], [[-3, 2, 5], [-3, 3, 5], [9, 14, 8], [4, 5, 1]], [[6, -4, -4]] * 30])
+@pytest.mark.parametrize("starts", [[[0, 0, 0]], [[-3, 2, 5], [-3, 3, 5], [9, 14, 8], [4, 5, 1]], OVERLAPPING])
 def test_crops_equal_those_of_a_padded_volume(case, starts, on_disk, tmp_path):
     if on_disk:
         write_case(tmp_path, "case", Preprocessed(case.image, case.seg, {}, {}), (8, 8, 8))
