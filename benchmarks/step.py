@@ -53,7 +53,7 @@ def jax_side(backbone: str):
 
     labels = Labels.from_json({"labels": {"background": 0, "anterior": 1, "posterior": 2}})
     network = architecture(backbone)
-    graphdef, params = nnx.split(nnx.jit(lambda: build(network, 1, CLASSES, rngs=nnx.Rngs(0)))(), nnx.Param)
+    graphdef, params = nnx.split(build(network, 1, CLASSES, rngs=nnx.Rngs(0)), nnx.Param)
     optimizer = make_optimizer(OptimConfig(), lowest_head(network))
 
     def step(state, image, label):

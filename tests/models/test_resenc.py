@@ -27,7 +27,7 @@ def test_bfloat16_stays_near_float32(bfloat16_error):
 
 def test_a_fresh_network_has_nnunets_shapes_and_distributions(initial_statistics):
     architecture = planned((32, 64, 128, 256), (1, 3, 4, 6))
-    net = nnx.jit(lambda: build(architecture, 1, 3, rngs=nnx.Rngs(0)))()
+    net = build(architecture, 1, 3, rngs=nnx.Rngs(0))
     found = initial_statistics(net, "Dataset004_Hippocampus/nnUNetResEncUNetMPlans")
     assert found.shapes == found.peer_shapes
     assert found.wrong == []

@@ -45,7 +45,7 @@ def test_bfloat16_stays_near_float32(bfloat16_error):
 
 
 def test_a_fresh_network_has_nnunets_shapes_and_distributions(initial_statistics):
-    net = nnx.jit(lambda: build(HIPPOCAMPUS, 1, 3, rngs=nnx.Rngs(0)))()
+    net = build(HIPPOCAMPUS, 1, 3, rngs=nnx.Rngs(0))
     found = initial_statistics(net, "Dataset004_Hippocampus/nnUNetPlans")
     assert found.shapes == found.peer_shapes
     assert found.wrong == []
