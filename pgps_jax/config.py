@@ -47,6 +47,8 @@ class RunConfig:
     """Configuration of the plans to train."""
     planner: Planner = "nnunet"
     """Planning rules: nnU-Net's default or one of its residual encoder presets."""
+    batch_size: int | None = None
+    """Patches per step at the planned patch size. As planned when not given."""
     epochs: int = 1000
     """Length of training in epochs."""
     steps_per_epoch: int = 250

@@ -5,19 +5,37 @@ import json
 import logging
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import tyro
 
 from pgps_jax import __version__, workspace
-from pgps_jax.config import Planner, RunConfig
+from pgps_jax.commands import (
+    Command,
+    ConvertMsd,
+    Demo,
+    Doctor,
+    Evaluate,
+    ExportNnunet,
+    ImportNnunet,
+    PlanCommand,
+    Predict,
+    Preprocess,
+    Run,
+    ShowSchedule,
+    Train,
+)
+from pgps_jax.config import RunConfig
 from pgps_jax.data.dataset import open_dataset
+from pgps_jax.data.decathlon import convert_decathlon, converted_name
+from pgps_jax.data.doctor import examine
+from pgps_jax.data.repair import repair
 from pgps_jax.data.synthetic import write_phantom_dataset
 from pgps_jax.errors import InputError
 from pgps_jax.evaluate.summary import evaluate_folder
+from pgps_jax.exchange import export_nnunet, import_nnunet
 from pgps_jax.infer.predict import predict_folder
+from pgps_jax.report.doctor_page import write_doctor_report
 from pgps_jax.report.environment import environment
 from pgps_jax.report.progress import CaseProgress
 from pgps_jax.report.run_log import complain, console, say
@@ -33,128 +51,14 @@ CACHE_BYTES = 4 * 2**30
 EXIT_STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
 
 
-@dataclass(frozen=True)
-class Run(RunConfig):
-    """Everything in one go: check, plan, preprocess, train, predict the validation cases, evaluate."""
-
-
-@dataclass(frozen=True)
-class Train(RunConfig):
-    """Train on a preprocessed dataset, then predict and evaluate the validation cases. Goes on where it was stopped."""
-
-
-@dataclass(frozen=True)
-class ShowSchedule(RunConfig):
-    """Print the stages of a curriculum without training."""
-
-    json: bool = False
-    """Print JSON instead of a table."""
-    plot: Path | None = None
-    """Also draw patch, batch and voxels over steps into this PNG file."""
-
-
-@dataclass(frozen=True)
-class PlanCommand:
-    """Check a raw dataset, measure it, and plan networks for it (nnU-Net's plans.json)."""
-
-    dataset: tyro.conf.Positional[Path]
-    """Dataset folder in nnU-Net's raw layout."""
-    workspace: Path = Path("pgps_workspace")
-    """Folder under which everything is written."""
-    planner: Planner = "nnunet"
-    """Planning rules: nnU-Net's default or one of its residual encoder presets."""
-    overwrite: bool = False
-    """Plan again although there is a plan."""
-    workers: int | None = None
-    """Processes; one per core when not given."""
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """Crop, normalise and resample every case of a planned dataset."""
-
-    dataset: tyro.conf.Positional[Path]
-    """Dataset folder in nnU-Net's raw layout."""
-    workspace: Path = Path("pgps_workspace")
-    """Folder under which everything is written."""
-    configuration: str = "3d_fullres"
-    """Configuration of the plans."""
-    planner: Planner = "nnunet"
-    """Whose plans."""
-    workers: int | None = None
-    """Processes; one per core when not given."""
-
-
-@dataclass(frozen=True)
-class Predict:
-    """Segment new images with a trained run."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder (…/fold_<k>), or its parent to average all folds."""
-    images: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
-    """Folder of images in nnU-Net naming: CASE_0000.nii.gz, CASE_0001.nii.gz, …"""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for the segmentations."""
-    mirror_tta: bool = True
-    """Average over mirrored images (8 times the work in 3D)."""
-    overlap: float = 0.5
-    """Step between tiles as a share of the patch."""
-    checkpoint: str = "last"
-    """Which checkpoint: last or best."""
-    save_probabilities: bool = False
-    """Also write CASE.npz with class probabilities."""
-    overwrite: bool = False
-    """Predict cases again whose segmentation exists."""
-    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """Where to compute; auto takes an accelerator when there is one."""
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Compare segmentations with references and write nnU-Net's summary.json."""
-
-    predictions: tyro.conf.Positional[Path]
-    """Folder of segmentations."""
-    references: tyro.conf.Positional[Path]
-    """Folder of reference labels with the same file names."""
-    dataset_json: Path | None = None
-    """dataset.json with the labels; looked for in both folders and above them when not given."""
-    output: Path | None = None
-    """File to write; summary.json in the predictions folder when not given."""
-    workers: int | None = None
-    """Processes; one per core when not given."""
-
-
-@dataclass(frozen=True)
-class Demo:
-    """Make a labelled synthetic dataset and do everything on it, in a few minutes on two CPU cores."""
-
-    workspace: Path = Path("pgps_workspace/demo")
-    """Folder under which everything is written."""
-    epochs: int = 8
-    """Length of training in epochs of 120 steps."""
-    fresh: bool = False
-    """Start over."""
-
-
-Command = (
-    Annotated[Run, tyro.conf.subcommand("run")]
-    | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
-    | Annotated[Preprocess, tyro.conf.subcommand("preprocess")]
-    | Annotated[ShowSchedule, tyro.conf.subcommand("schedule")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Predict, tyro.conf.subcommand("predict")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-)
-
-
-def plan(command: PlanCommand | RunConfig) -> None:
+def plan(command: PlanCommand) -> None:
     """Plan a dataset, unless it is planned."""
     with CaseProgress("planning") as progress:
-        _, plans, folder = workspace.plan_dataset(
+        dataset, plans, folder = workspace.plan_dataset(
             command.dataset, command.workspace, command.planner, say, progress, command.workers,
-            overwrite=getattr(command, "overwrite", False))
+            command.overwrite, command.overrides, command.group_by)
+    for line in (*plans.notes, *(workspace.explanation(dataset, plans, folder) if command.explain else ())):
+        say(line)
     for name, c in plans.configurations.items():
         say(f"{name}: patch {c.patch_size}, batch {c.batch_size}, spacing {tuple(round(s, 4) for s in c.spacing)} mm")
     say(f"plans: {folder / workspace.PLANS_FILE[command.planner]}")
@@ -175,7 +79,7 @@ def show_schedule(command: ShowSchedule) -> None:
     with CaseProgress("planning") as progress:
         _, plans, _ = workspace.plan_dataset(
             command.dataset, command.workspace, command.planner, lambda _: None, progress, command.workers)
-    configuration = workspace.configuration_of(plans, command.configuration, command.network)
+    configuration = workspace.configuration_of(plans, command.configuration, command.network, command.batch_size)
     schedule = workspace.planned_schedule(command, configuration, len(open_dataset(command.dataset).cases))
     rows = stage_rows(schedule, configuration.patch_size, configuration.batch_size)
     if command.json:
@@ -235,14 +139,38 @@ def evaluate(command: Evaluate) -> None:
     say(f"summary: {output}")
 
 
+def convert(command: ConvertMsd) -> None:
+    """Make nnU-Net's layout of a Decathlon folder."""
+    with CaseProgress("converting") as progress:
+        folder = convert_decathlon(command.task, command.output / converted_name(command.task.resolve().name), progress)
+    say(f"dataset: {folder}")
+
+
+def doctor(command: Doctor) -> int:
+    """Examine a dataset, and repair what is safe if asked to; exit code 1 when something would spoil a training."""
+    output = command.output or command.workspace / "doctor" / command.dataset.resolve().name
+    with CaseProgress("examining") as progress:
+        examination = examine(command.dataset, tolerance_mm=command.tolerance_mm, workers=command.workers, progress=progress)
+    page, facts = write_doctor_report(examination, output)
+    for finding in examination.findings:
+        say(f"{finding.severity}: {finding.reason} ({len(finding.cases)} cases). {finding.cure}")
+    say(f"{len(examination.findings) or 'no'} findings; page: {page}, JSON: {facts}")
+    if command.repair is not None:
+        with CaseProgress("repairing") as progress:
+            for repaired in repair(examination, command.repair, progress):
+                say(str(repaired))
+        say(f"repaired dataset: {command.repair}")
+    return int(any(finding.severity == "error" for finding in examination.findings))
+
+
 def demo(command: Demo) -> int:
     """Phantoms, training, held-out prediction and evaluation, with the commands that a user would type; exit code."""
     raw = command.workspace / "raw" / "Dataset900_Phantoms"
     if not (raw / "dataset.json").exists():
         write_phantom_dataset(raw, num_cases=25, num_test=5)
     common = ["--workspace", str(command.workspace)]
-    run = ["run", str(raw), *common, "--name", "demo", "--epochs", str(command.epochs), "--steps-per-epoch", "120", "--validation-steps", "4",
-           "--network.base-features", "8", "--augment.preset", "light", "--no-mirror-tta"]
+    run = ["run", str(raw), *common, "--name", "demo", "--epochs", str(command.epochs), "--steps-per-epoch", "120",
+           "--validation-steps", "4", "--network.base-features", "8", "--augment.preset", "light", "--no-mirror-tta"]
     run_folder = command.workspace / "runs" / raw.name / "demo" / "fold_0"
     predictions = command.workspace / "predictions"
     for arguments in (
@@ -285,13 +213,23 @@ def execute(command: object) -> int:
             case Train():
                 run_training(command)
             case Run():
-                plan(command)
+                plan(PlanCommand(command.dataset, command.workspace, command.planner, workers=command.workers))
                 preprocess(command)
                 run_training(command)
             case Predict():
                 predict(command)
             case Evaluate():
                 evaluate(command)
+            case Doctor():
+                return doctor(command)
+            case ConvertMsd():
+                convert(command)
+            case ImportNnunet():
+                for folder in import_nnunet(command.results, command.output):
+                    say(f"run: {folder}")
+            case ExportNnunet():
+                export_nnunet(command.run, command.output, command.checkpoint)
+                say(f"nnU-Net model: {command.output}")
             case Demo():
                 return demo(command)
     except InputError as error:

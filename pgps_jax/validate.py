@@ -47,16 +47,22 @@ def validate(run: Experiment, progress: Callback | None = None) -> dict:
     return evaluate_folder(folder, run.preprocessed / "gt_segmentations", run.labels.in_files, run.config.workers)
 
 
-def load_predictor(run: Path, checkpoint: str = "last", mirror: bool = True, step: float = 0.5) -> Predictor:
-    """Predictor of a run folder (fold_<k>), or of all folds when `run` is the folder above them.
-
-    Raises InputError naming what is missing.
-    """
+def fold_folders(run: Path) -> list[Path]:
+    """The run folder itself, or the fold_<k> run folders in it; InputError when it is neither."""
     if not run.is_dir():
         raise InputError(f"{run}: no such run folder")
     folds = [run] if (run / "plan.json").exists() else sorted(f for f in run.glob("fold_*") if (f / "plan.json").exists())
     if not folds:
         raise InputError(f"{run}: neither a run folder (with plan.json) nor a folder of fold_<k> run folders")
+    return folds
+
+
+def load_predictor(run: Path, checkpoint: str = "last", mirror: bool = True, step: float = 0.5) -> Predictor:
+    """Predictor of a run folder (fold_<k>), or of all folds when `run` is the folder above them.
+
+    Raises InputError naming what is missing.
+    """
+    folds = fold_folders(run)
     plan, dataset_json = read_plan(folds[0] / "plan.json"), read_json(folds[0] / "dataset.json")
     inference = read_json(folds[0] / "inference.json")
     configuration = plan.configurations[inference["configuration"]]

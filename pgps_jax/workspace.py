@@ -13,11 +13,12 @@ import numpy as np
 from pgps_jax.config import NetworkConfig, Planner, RunConfig, check_same, to_json
 from pgps_jax.curriculum import Schedule, make_schedule, schedule_from_json, schedule_to_json
 from pgps_jax.data.dataset import Dataset, Labels, check_dataset, open_dataset
-from pgps_jax.data.fingerprint import extract_fingerprint
-from pgps_jax.data.folds import cases_of_fold, read_or_make_folds
+from pgps_jax.data.explain import explain
+from pgps_jax.data.fingerprint import Fingerprint, extract_fingerprint
+from pgps_jax.data.folds import cases_of_fold, leaks, read_or_make_folds
 from pgps_jax.data.label_pairs import left_right_axis
 from pgps_jax.data.plan import Configuration, Plan, read_plan, write_plan
-from pgps_jax.data.planner import make_plan
+from pgps_jax.data.planner import Overrides, make_plan
 from pgps_jax.data.preprocess import preprocess_dataset
 from pgps_jax.data.similarity import ranked_cases
 from pgps_jax.data.store import CaseStore
@@ -71,7 +72,7 @@ def is_preprocessed(folder: Path) -> bool:
 
 def plan_dataset(
     dataset_folder: Path, workspace: Path, planner: Planner, say: Callable[[str], None], progress: Callback | None = None,
-    workers: int | None = None, overwrite: bool = False, **overrides,
+    workers: int | None = None, overwrite: bool = False, overrides: Overrides = Overrides(), group_by: str | None = None,  # noqa: B008
 ) -> tuple[Dataset, Plan, Path]:
     """Check a raw dataset and plan it, or read the plan that is there; returns dataset, plan and preprocessed folder."""
     folder = preprocessed_folder(dataset_folder, workspace)
@@ -86,23 +87,37 @@ def plan_dataset(
     check_dataset(dataset, progress=progress, workers=workers)
     say("measuring the dataset")
     fingerprint = extract_fingerprint(dataset, workers=workers, progress=progress)
-    plan = make_plan(dataset, fingerprint, planner, **overrides)
+    plan = make_plan(dataset, fingerprint, planner, overrides)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "dataset_fingerprint.json", fingerprint.to_json())
     write_json(folder / "dataset.json", dataset.json)
     given = dataset.folder / "splits_final.json"
     if given.exists() and not (folder / "splits_final.json").exists():
         shutil.copyfile(given, folder / "splits_final.json")
-    read_or_make_folds(folder / "splits_final.json", [case.id for case in dataset.cases])
+    folds = read_or_make_folds(folder / "splits_final.json", [case.id for case in dataset.cases], group_by=group_by)
+    for sentence in leaks(folds, group_by) if group_by else ():
+        say(f"warning: {sentence}")
     write_plan(plan, plans_file)  # last: its existence says that planning is complete
     return dataset, plan, folder
 
 
-def configuration_of(plan: Plan, name: str, network: NetworkConfig = NetworkConfig()) -> Configuration:  # noqa: B008 (frozen)
-    """A configuration of the plan, with the network changed as asked."""
+def explanation(dataset: Dataset, plan: Plan, folder: Path) -> list[str]:
+    """Why the plan's numbers are what they are, in sentences."""
+    fingerprint = Fingerprint.from_json(read_json(folder / "dataset_fingerprint.json"))
+    return explain(plan, fingerprint, dataset)
+
+
+def configuration_of(
+    plan: Plan, name: str, network: NetworkConfig = NetworkConfig(), batch_size: int | None = None  # noqa: B008 (frozen)
+) -> Configuration:
+    """A configuration of the plan, with network and batch size changed as asked."""
     if name not in plan.configurations:
         raise InputError(f"--configuration {name}: the plan has {', '.join(plan.configurations)}")
     configuration = plan.configurations[name]
+    if batch_size is not None:
+        if batch_size < 1:
+            raise InputError(f"--batch-size {batch_size}: must be at least 1")
+        configuration = dataclasses.replace(configuration, batch_size=batch_size)
     architecture = configuration.architecture
     if network.base_features is None and network.max_features is None:
         return configuration
@@ -190,7 +205,7 @@ def open_experiment(config: RunConfig) -> Experiment:
     if not plans_file.exists():
         raise InputError(f"{plans_file}: this dataset is not planned yet; use `run`, or `plan` and `preprocess` before `train`")
     plan = read_plan(plans_file)
-    configuration = configuration_of(plan, config.configuration, config.network)
+    configuration = configuration_of(plan, config.configuration, config.network, config.batch_size)
     dataset_json = read_json(preprocessed / "dataset.json")
     store = CaseStore(preprocessed / configuration.data_identifier)
     if not store.ids:

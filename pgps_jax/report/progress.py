@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pgps_jax.report.run_log import console
@@ -74,6 +75,7 @@ def plot_progress(records: list[dict], path: Path, patch_volume_of_step: np.ndar
     batch = patch.twinx()
     batch.step(x, batch_size_of_step, where="post", color="tab:orange")
     batch.set_ylabel("patches per batch", color="tab:orange")
+    batch.yaxis.set_major_locator(MaxNLocator(integer=True))
     batch.set_ylim(0, max(int(batch_size_of_step.max()) * 1.1, 2))
     if steps:
         patch.axvline(steps[-1]["step"] + 1, color="0.5", linestyle=":", linewidth=1)

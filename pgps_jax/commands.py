@@ -1,0 +1,185 @@
+"""The commands and their flags; what they do is in main.py."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pgps_jax.config import Planner, RunConfig
+from pgps_jax.data.planner import Overrides
+
+
+@dataclass(frozen=True)
+class Run(RunConfig):
+    """Everything in one go: check, plan, preprocess, train, predict the validation cases, evaluate."""
+
+
+@dataclass(frozen=True)
+class Train(RunConfig):
+    """Train on a preprocessed dataset, then predict and evaluate the validation cases. Goes on where it was stopped."""
+
+
+@dataclass(frozen=True)
+class ShowSchedule(RunConfig):
+    """Print the stages of a curriculum without training."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+    plot: Path | None = None
+    """Also draw patch, batch and voxels over steps into this PNG file."""
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """Check a raw dataset, measure it, and plan networks for it (nnU-Net's plans.json)."""
+
+    dataset: tyro.conf.Positional[Path]
+    """Dataset folder in nnU-Net's raw layout."""
+    workspace: Path = Path("pgps_workspace")
+    """Folder under which everything is written."""
+    planner: Planner = "nnunet"
+    """Planning rules: nnU-Net's default or one of its residual encoder presets."""
+    overwrite: bool = False
+    """Plan again although there is a plan."""
+    explain: bool = False
+    """Tell in plain words why each number was chosen."""
+    overrides: Annotated[Overrides, tyro.conf.arg(name="")] = field(default_factory=Overrides)
+    group_by: str | None = None
+    """Regular expression that finds the patient in a case id; scans of one patient then stay in one fold."""
+    workers: int | None = None
+    """Processes; one per core when not given."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Crop, normalise and resample every case of a planned dataset."""
+
+    dataset: tyro.conf.Positional[Path]
+    """Dataset folder in nnU-Net's raw layout."""
+    workspace: Path = Path("pgps_workspace")
+    """Folder under which everything is written."""
+    configuration: str = "3d_fullres"
+    """Configuration of the plans."""
+    planner: Planner = "nnunet"
+    """Whose plans."""
+    workers: int | None = None
+    """Processes; one per core when not given."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Segment new images with a trained run."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder (…/fold_<k>), or its parent to average all folds."""
+    images: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
+    """Folder of images in nnU-Net naming: CASE_0000.nii.gz, CASE_0001.nii.gz, …"""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for the segmentations."""
+    mirror_tta: bool = True
+    """Average over mirrored images (8 times the work in 3D)."""
+    overlap: float = 0.5
+    """Step between tiles as a share of the patch."""
+    checkpoint: str = "last"
+    """Which checkpoint: last or best."""
+    save_probabilities: bool = False
+    """Also write CASE.npz with class probabilities."""
+    overwrite: bool = False
+    """Predict cases again whose segmentation exists."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """Where to compute; auto takes an accelerator when there is one."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Compare segmentations with references and write nnU-Net's summary.json."""
+
+    predictions: tyro.conf.Positional[Path]
+    """Folder of segmentations."""
+    references: tyro.conf.Positional[Path]
+    """Folder of reference labels with the same file names."""
+    dataset_json: Path | None = None
+    """dataset.json with the labels; looked for in both folders and above them when not given."""
+    output: Path | None = None
+    """File to write; summary.json in the predictions folder when not given."""
+    workers: int | None = None
+    """Processes; one per core when not given."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Make a labelled synthetic dataset and do everything on it, in a few minutes on two CPU cores."""
+
+    workspace: Path = Path("pgps_workspace/demo")
+    """Folder under which everything is written."""
+    epochs: int = 8
+    """Length of training in epochs of 120 steps."""
+    fresh: bool = False
+    """Start over."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Examine a raw dataset: faults, their cases and their cures, and one picture per class, as a page and as JSON."""
+
+    dataset: tyro.conf.Positional[Path]
+    """Dataset folder in nnU-Net's raw layout."""
+    output: Path | None = None
+    """Folder for doctor.html and doctor.json; <workspace>/doctor/<dataset> when not given."""
+    workspace: Path = Path("pgps_workspace")
+    """Folder under which everything is written."""
+    tolerance_mm: float = 0.1
+    """How far voxels of image and label may lie apart."""
+    repair: Path | None = None
+    """Write a new dataset with the safe repairs into this folder."""
+    workers: int | None = None
+    """Threads; one per core when not given."""
+
+
+@dataclass(frozen=True)
+class ConvertMsd:
+    """Convert a Medical Segmentation Decathlon folder (Task04_Hippocampus) to nnU-Net's raw layout."""
+
+    task: tyro.conf.Positional[Path]
+    """Decathlon folder with its dataset.json."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path(".")
+    """Folder in which Dataset004_Hippocampus is made."""
+
+
+@dataclass(frozen=True)
+class ImportNnunet:
+    """Make run folders of a model that nnU-Net has trained; `predict` uses them like our own."""
+
+    results: tyro.conf.Positional[Path]
+    """nnU-Net's folder, e.g. …/nnUNetTrainer__nnUNetPlans__3d_fullres."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for fold_0, fold_1, …"""
+
+
+@dataclass(frozen=True)
+class ExportNnunet:
+    """Write a trained run as a folder that nnU-Net's predictor loads."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder (…/fold_<k>), or its parent for all folds."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for plans.json, dataset.json and fold_<k>/checkpoint_final.pth."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which checkpoint."""
+
+
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+    | Annotated[Preprocess, tyro.conf.subcommand("preprocess")]
+    | Annotated[ShowSchedule, tyro.conf.subcommand("schedule")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[ConvertMsd, tyro.conf.subcommand("convert-msd")]
+    | Annotated[ImportNnunet, tyro.conf.subcommand("import-nnunet")]
+    | Annotated[ExportNnunet, tyro.conf.subcommand("export-nnunet")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
