@@ -202,7 +202,8 @@ _OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, 
 
 
 def _is_winograd(x, kernel, stride) -> bool:
-    return kernel.shape[0] == 3 and stride[0] == 1 and tuple(stride) == (1, 1, 1) and x.shape[1] >= 3
+    """Where fewer products pay for mixing planes: not for the image's few channels, nor for one or two planes."""
+    return kernel.shape[0] == 3 and tuple(stride) == (1, 1, 1) and x.shape[1] >= 3 and min(kernel.shape[3:]) >= 16
 
 
 def _mix(row, arrays):
