@@ -12,8 +12,9 @@ import pytest
 from pgps_jax.data.synthetic import write_phantom_dataset
 from pgps_jax.main import EXIT_BAD_INPUT, EXIT_STOPPED, main
 from pgps_jax.report.run_log import read_records
-from pgps_jax.train import loop
+from pgps_jax.train import loop, sizing
 from pgps_jax.train.checkpoint import load_params
+from pgps_jax.train.programs import StagePrograms
 from pgps_jax.train.stopping import StopRequest
 
 STEPS = 12
@@ -204,3 +205,59 @@ def test_a_faulty_dataset_is_refused_with_one_sentence_and_nothing_half_written(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and "Traceback" not in error
     assert not (tmp_path / "work").exists()
+
+
+def test_when_the_device_runs_out_of_memory_the_batch_is_halved_and_training_goes_on(tiny, monkeypatch, capsys):
+    raw, workspace = tiny
+    get, failures = StagePrograms.get, []
+
+    def sometimes(self, stage):
+        if stage.index == 1 and not failures:
+            failures.append(stage.batch_size)
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes")
+        return get(self, stage)
+
+    monkeypatch.setattr(StagePrograms, "get", sometimes)
+    assert main(command(raw, workspace, "short_of_memory", "--mode", "performance", "--batch-size", "1", "--epochs", "2")) == 0
+    assert "out of memory in stage 1" in capsys.readouterr().out
+    folder = run_folder(workspace, "short_of_memory")
+    stored = json.loads((folder / "schedule.json").read_text())
+    assert stored["stages"][1]["batch_size"] == max(failures[0] // 2, 1)
+    assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "step"] == list(range(6))
+
+
+def test_random_patch_sizes_and_a_growing_pool_of_cases_run_and_end(tiny):
+    raw, workspace = tiny
+    more = ["--mode", "rpss", "--case-curriculum", "pdl", "--case-epochs", "1", "--epochs", "2"]
+    assert main(command(raw, workspace, "random", *more)) == 0
+    assert len(read_records(run_folder(workspace, "random") / "metrics.jsonl")) > 6
+    assert (workspace / "preprocessed" / "Dataset900_Tiny" / "similarity_fold_0.json").exists()
+
+
+def test_a_time_budget_shortens_the_run_and_it_still_ends_at_the_planned_patch(tiny):
+    raw, workspace = tiny
+    assert main(command(raw, workspace, "hurried", "--epochs", "100000", "--max-hours", "0.0006")) == 0
+    folder = run_folder(workspace, "hurried")
+    steps = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] == "step"]
+    plan = json.loads((folder / "plan.json").read_text())["configurations"]["3d_fullres"]
+    stages = json.loads((folder / "schedule.json").read_text())["stages"]
+    assert 0 < len(steps) < 3000
+    assert stages[steps[-1]["stage"]]["patch_size"] == plan["patch_size"]
+
+
+def test_batch_sizes_fill_the_memory_that_is_said_to_be_there(tiny, monkeypatch, capsys):
+    raw, workspace = tiny
+    monkeypatch.setattr(sizing, "device_budget", lambda fraction: int(fraction * 40e6))
+    assert main(command(raw, workspace, "filled", "--batch-policy", "device-memory", "--mode", "constant", "--epochs", "1")) == 0
+    (stage,) = json.loads((run_folder(workspace, "filled") / "schedule.json").read_text())["stages"]
+    assert stage["batch_size"] > 2
+    assert f"batch {stage['batch_size']} needs" in capsys.readouterr().out
+
+
+def test_a_model_goes_to_nnunets_files_and_back_and_predicts_the_same(tiny, finished, tmp_path):
+    raw, _ = tiny
+    assert main(["export-nnunet", str(finished), "-o", str(tmp_path / "peer")]) == 0
+    assert main(["import-nnunet", str(tmp_path / "peer"), "-o", str(tmp_path / "back")]) == 0
+    whole, back = (load_params(folder / "checkpoints") for folder in (finished, tmp_path / "back" / "fold_0"))
+    jax.tree.map(np.testing.assert_array_equal, whole, back)
+    assert main(["predict", str(tmp_path / "back"), "-i", str(raw / "imagesTs"), "-o", str(tmp_path / "out"), "--no-mirror-tta"]) == 0
