@@ -27,7 +27,7 @@ def write_decathlon(folder: Path, channels: int = 2, **changes) -> Path:
         write_volume(folder / f"labelsTr/{case[-1]}.nii.gz", rng.integers(0, 3, (6, 5, 4)), AFFINE)
     content = {
         "name": "Brains", "tensorImageSize": "4D", "modality": {str(i): f"channel {i}" for i in range(channels)},
-        "labels": {"0": "Background", "2": "core", "1": "edema"}, "numTraining": 2, "numTest": 1,
+        "labels": {"0": "Background", "2": "core", "1": "edema"}, "numTraining": 99, "numTest": 1,
         "training": [{"image": f"./imagesTr/{c}.nii.gz", "label": f"./labelsTr/{c}.nii.gz"} for c in "ba"],
         "test": ["./imagesTs/c.nii.gz"],
     }  # fmt: skip
