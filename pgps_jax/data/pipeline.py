@@ -76,10 +76,10 @@ class PatchSource:
         self._seed = (seed, _PURPOSES[purpose])
         self._dtypes = np.dtype(image_dtype), np.dtype(label_dtype)
         self._share = share
-        self._cases = _OpenCases(store, _OPEN_BYTES, cache_bytes)
-        self._weights = self._check()
+        self._cases, self._folder = _OpenCases(store, _OPEN_BYTES, cache_bytes), store.folder
+        self._weights = self._check(store)
 
-    def _check(self) -> np.ndarray:
+    def _check(self, store: CaseStore) -> np.ndarray:
         """Weights of the cases, if everything fits together."""
         self._sampling.check()
         if not self.case_ids:
@@ -92,6 +92,8 @@ class PatchSource:
             if stage.batch_size % self._share[1]:
                 raise InputError(f"stage {stage}: the batch cannot be divided among {self._share[1]} processes")
         weights = dict(self._sampling.case_weights)
+        if unknown := sorted(set(weights) - set(store.ids)):
+            raise InputError(f"sampling: case-weights names {', '.join(unknown)}, which {store.folder} does not hold")
         found = np.array([weights.get(case, 1.0) for case in self.case_ids])
         if not found[: self.schedule.case_pool_of_step.min()].sum() > 0:
             raise InputError("sampling: case-weights exclude every case in use; give at least one a weight above 0")
@@ -142,7 +144,7 @@ class PatchSource:
                     )
                     cut_crops(case, placed.start, image, label, rows)
             except (OSError, RuntimeError, ValueError, MemoryError) as error:
-                raise InputError(f"Step {step}: no patch can be cut from case {name} ({error}).") from error
+                raise InputError(f"Step {step}: no patch can be cut from case {name} in {self._folder} ({error}).") from error
         return PatchBatch(image, label)
 
     def batch_bytes(self, stage: Stage) -> int:

@@ -221,6 +221,7 @@ def test_an_unreadable_case_is_reported_with_case_step_and_cause(store, tmp_path
         (dict(share=(0, 5)), "cannot be divided among 5"),
         (dict(sampling=SamplingConfig(class_weights=(1.0,))), "1 values, but there are 2"),
         (dict(sampling=SamplingConfig(case_weights=tuple((name, 0.0) for name in IDS))), "exclude every case"),
+        (dict(sampling=SamplingConfig(case_weights=(("a", 1.0), ("zebra", 2.0)))), "names zebra, which"),
         (dict(sampling=SamplingConfig(jitter=2.0)), "jitter"),
     ],
 )
