@@ -103,8 +103,38 @@ class Evaluate:
     """dataset.json with the labels; looked for in both folders and above them when not given."""
     output: Path | None = None
     """File to write; summary.json in the predictions folder when not given."""
+    surface_tolerance: float | None = None
+    """Also measure HD95, ASSD and, with this tolerance in mm, NSD (needs the extra `metrics`)."""
+    lesions: bool = False
+    """Also count lesions found and missed (connected components)."""
     workers: int | None = None
     """Processes; one per core when not given."""
+
+
+@dataclass(frozen=True)
+class FindPostprocessing:
+    """Find out on cross-validation predictions whether keeping only the largest components raises the Dice."""
+
+    predictions: tyro.conf.Positional[Path]
+    """Folder of segmentations."""
+    references: tyro.conf.Positional[Path]
+    """Folder of reference labels with the same file names."""
+    dataset_json: Path | None = None
+    """dataset.json with the labels; looked for in both folders and above them when not given."""
+    output: Path | None = None
+    """File to write; postprocessing.json in the predictions folder when not given."""
+
+
+@dataclass(frozen=True)
+class Postprocess:
+    """Apply what find-postprocessing decided."""
+
+    predictions: tyro.conf.Positional[Path]
+    """Folder of segmentations."""
+    decision: tyro.conf.Positional[Path]
+    """postprocessing.json."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for the postprocessed segmentations."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +207,8 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[FindPostprocessing, tyro.conf.subcommand("find-postprocessing")]
+    | Annotated[Postprocess, tyro.conf.subcommand("postprocess")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[ConvertMsd, tyro.conf.subcommand("convert-msd")]
     | Annotated[ImportNnunet, tyro.conf.subcommand("import-nnunet")]

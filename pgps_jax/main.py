@@ -17,8 +17,10 @@ from pgps_jax.commands import (
     Doctor,
     Evaluate,
     ExportNnunet,
+    FindPostprocessing,
     ImportNnunet,
     PlanCommand,
+    Postprocess,
     Predict,
     Preprocess,
     Run,
@@ -32,6 +34,7 @@ from pgps_jax.data.doctor import examine
 from pgps_jax.data.repair import repair
 from pgps_jax.data.synthetic import write_phantom_dataset
 from pgps_jax.errors import InputError
+from pgps_jax.evaluate.postprocess import apply_postprocessing, decide_postprocessing, read_postprocessing, write_postprocessing
 from pgps_jax.evaluate.summary import evaluate_folder
 from pgps_jax.exchange import export_nnunet, import_nnunet
 from pgps_jax.infer.predict import predict_folder
@@ -134,9 +137,21 @@ def evaluate(command: Evaluate) -> None:
     labels = workspace.find_labels(command.dataset_json, command.predictions, command.references)
     output = command.output or command.predictions / "summary.json"
     with CaseProgress("evaluation") as progress:
-        summary = evaluate_folder(command.predictions, command.references, labels, command.workers, progress, output)
+        summary = evaluate_folder(command.predictions, command.references, labels, command.workers, progress, output,
+                                  command.surface_tolerance, command.lesions)
     console.print(dice_table(summary, labels))
     say(f"summary: {output}")
+
+
+def find_postprocessing(command: FindPostprocessing) -> None:
+    """Write postprocessing.json and say what was decided."""
+    labels = workspace.find_labels(command.dataset_json, command.predictions, command.references)
+    with CaseProgress("trying steps") as progress:
+        decision = decide_postprocessing(command.predictions, command.references, labels, progress=progress)
+    output = command.output or command.predictions / "postprocessing.json"
+    write_postprocessing(decision, output)
+    kept = decision.postprocessing.keep_largest_of
+    say(f"largest component is kept of: {', '.join(map(str, kept)) if kept else 'nothing'}; {output}")
 
 
 def convert(command: ConvertMsd) -> None:
@@ -220,6 +235,11 @@ def execute(command: object) -> int:
                 predict(command)
             case Evaluate():
                 evaluate(command)
+            case FindPostprocessing():
+                find_postprocessing(command)
+            case Postprocess():
+                with CaseProgress("postprocessing") as progress:
+                    apply_postprocessing(read_postprocessing(command.decision), command.predictions, command.output, progress)
             case Doctor():
                 return doctor(command)
             case ConvertMsd():

@@ -9,6 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from pgps_jax.data.pipeline import PatchSource
 from pgps_jax.data.synthetic import write_phantom_dataset
 from pgps_jax.main import EXIT_BAD_INPUT, EXIT_STOPPED, main
 from pgps_jax.report.run_log import read_records
@@ -261,3 +262,31 @@ def test_a_model_goes_to_nnunets_files_and_back_and_predicts_the_same(tiny, fini
     whole, back = (load_params(folder / "checkpoints") for folder in (finished, tmp_path / "back" / "fold_0"))
     jax.tree.map(np.testing.assert_array_equal, whole, back)
     assert main(["predict", str(tmp_path / "back"), "-i", str(raw / "imagesTs"), "-o", str(tmp_path / "out"), "--no-mirror-tta"]) == 0
+
+
+def test_a_batch_without_finite_loss_is_kept_and_skipped_and_a_resumed_run_skips_it_too(tiny, monkeypatch, capsys):
+    raw, workspace = tiny
+    batch_of_step = PatchSource.batch_of_step
+
+    def poisoned(self, step):
+        batch = batch_of_step(self, step)
+        if step == 4 and len(self) == STEPS and len(self.schedule.stages) > 1:
+            batch.image[0] = np.nan
+        return batch
+
+    monkeypatch.setattr(PatchSource, "batch_of_step", poisoned)
+    assert main(command(raw, workspace, "poisoned")) == 0
+    folder = run_folder(workspace, "poisoned")
+    assert "step 4 is not finite" in capsys.readouterr().out
+    assert json.loads((folder / "skipped.json").read_text()) == [4]
+    assert np.isnan(np.load(folder / "not_finite" / "step_4.npz")["image"]).any()
+    assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "step"] == [s for s in range(STEPS) if s != 4]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_params(folder / "checkpoints")))
+
+
+def test_a_decision_on_postprocessing_is_found_and_applied(tiny, finished, tmp_path):
+    raw, _ = tiny
+    predictions = finished / "validation"
+    assert main(["find-postprocessing", str(predictions), str(raw / "labelsTr"), "--output", str(tmp_path / "p.json")]) == 0
+    assert main(["postprocess", str(predictions), str(tmp_path / "p.json"), "-o", str(tmp_path / "out")]) == 0
+    assert {p.name for p in (tmp_path / "out").glob("*.nii.gz")} == {p.name for p in predictions.glob("*.nii.gz")}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgps_jax.curriculum import Schedule, Stage
-from pgps_jax.data.pipeline import PatchStream, stream
+from pgps_jax.data.pipeline import PatchSource, PatchStream
 from pgps_jax.errors import InputError
 from pgps_jax.pacing import rescale_rest
 from pgps_jax.report.progress import plot_progress, progress_bar
@@ -18,6 +18,7 @@ from pgps_jax.report.run_log import RunLog
 from pgps_jax.train.augment import crop_size
 from pgps_jax.train.checkpoint import Checkpoints
 from pgps_jax.train.device import Device, open_device, put
+from pgps_jax.train.health import NotFinite, SkippedSteps, keep_batch
 from pgps_jax.train.memory import is_out_of_memory
 from pgps_jax.train.meter import STEPS_BEFORE_FORECAST, Meter
 from pgps_jax.train.online_validation import OnlineValidation
@@ -68,8 +69,10 @@ def train(run: Experiment) -> None:
                         state, run = _run_steps(run, device, state, programs, online, log, checkpoints, stop)
                     except StageTooLarge as error:
                         run = with_smaller_batch(run, error, device, log.say)
-                        state = checkpoints.restore(abstract(state, device.whole)) or initial_state(run, device)[1]
-                        log.rewind(int(state.step))
+                        state = last_good(run, device, state, checkpoints, log)
+                    except NotFinite as error:
+                        skip_batch(run, device, error.step, log.say)
+                        state = last_good(run, device, state, checkpoints, log)
         finally:
             draw(run, log)
             log.close()
@@ -83,7 +86,7 @@ def _run_steps(run: Experiment, device: Device, state: TrainState, programs: Sta
     Raises StageTooLarge when the device runs out of memory, Stopped when asked to stop.
     """
     first, per_epoch = int(state.step), run.config.steps_per_epoch
-    meter, starts = Meter(log, run.schedule), run_starts(run.schedule)
+    meter, starts, skipped = Meter(log, run.schedule), run_starts(run.schedule), SkippedSteps(run.folder)
     saved_at = time.monotonic()
     with open_stream(run, device, first, log.say) as batches, progress_bar() as bar:
         task = bar.add_task("training", total=run.num_steps, completed=first, note="")
@@ -95,8 +98,11 @@ def _run_steps(run: Experiment, device: Device, state: TrainState, programs: Sta
                     enter_stage(run, log, programs, step, starts)
                     meter.resume_clock()
                 batch = next(batches)
-                state, metrics = programs.get(stage)(state, put(batch, device), run.learning_rates[step])
-                meter.note(step, metrics, batches.waited_seconds)
+                if step in skipped:
+                    state = state._replace(step=state.step + 1)
+                else:
+                    state, metrics = programs.get(stage)(state, put(batch, device), run.learning_rates[step])
+                    meter.note(step, metrics, batches.waited_seconds)
             bar.update(task, completed=step + 1, note=f"{stage}  {meter.latest}")
             if meter.steps_in_stage == STEPS_BEFORE_FORECAST:
                 log.say(f"  {meter.forecast(step)}")
@@ -133,6 +139,22 @@ def memory_errors_of(stage: Stage) -> Iterator[None]:
         if is_out_of_memory(error):
             raise StageTooLarge(stage) from error
         raise
+
+
+def last_good(run: Experiment, device: Device, state: TrainState, checkpoints: Checkpoints, log: RunLog) -> TrainState:
+    """The newest checkpoint, or the first state where there is none; the log forgets what came after it."""
+    state = checkpoints.restore(abstract(state, device.whole)) or initial_state(run, device)[1]
+    log.rewind(int(state.step))
+    log.say(f"going on from step {int(state.step)}")
+    return state
+
+
+def skip_batch(run: Experiment, device: Device, step: int, say: Callable[[str], None]) -> None:
+    """Keep the batch of a step whose loss or gradient is not finite for looking at, and skip the step from now on."""
+    source = training_source(run, device)
+    path = keep_batch(run.folder, step, source.batch_of_step(step), source.cases_of_step(step))
+    say(f"loss or gradient of step {step} is not finite; its batch is kept in {path} and skipped from now on")
+    SkippedSteps(run.folder).add(step)
 
 
 def with_smaller_batch(run: Experiment, error: StageTooLarge, device: Device, say: Callable[[str], None]) -> Experiment:
@@ -187,10 +209,14 @@ def enter_stage(run: Experiment, log: RunLog, programs: StagePrograms, step: int
 
 def open_stream(run: Experiment, device: Device, first_step: int, say: Callable[[str], None]) -> PatchStream:
     """Batches from `first_step` on, read and cropped by threads."""
+    return PatchStream(training_source(run, device), first_step, threads=run.config.threads, say=say)
+
+
+def training_source(run: Experiment, device: Device) -> PatchSource:
+    """Every training batch of the run by its step."""
     crops = [crop_size(run.policy, stage.patch_size) for stage in run.schedule.stages]
-    return stream(run.store, run.train_ids, run.schedule, run.config.sampling, crops, run.configuration.batch_size,
-                  seed=run.config.seed, first_step=first_step, threads=run.config.threads, image_dtype=device.transport,
-                  label_dtype=run.label_dtype, say=say)
+    return PatchSource(run.store, run.train_ids, run.schedule, run.config.sampling, crops, run.configuration.batch_size,
+                       seed=run.config.seed, image_dtype=device.transport, label_dtype=run.label_dtype)
 
 
 def save(checkpoints: Checkpoints, log: RunLog, state: TrainState, done: int, best: bool, ema: float) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from pgps_jax.curriculum import Schedule, Stage
 from pgps_jax.report.run_log import RunLog
+from pgps_jax.train.health import NotFinite
 from pgps_jax.train.step import StepMetrics, ValidationCounts
 
 EMA_KEEP = 0.9  # nnU-Net's moving average of the pseudo-Dice: 0.9 old + 0.1 new
@@ -34,7 +35,10 @@ class Meter:
         self._stage = stage
 
     def settle(self) -> None:
-        """Wait for the metrics of the last noted step and record them."""
+        """Wait for the metrics of the last noted step and record them.
+
+        Raises NotFinite when loss or gradient are not: before any checkpoint that would hold their update is written.
+        """
         if self._pending is None:
             return
         step, metrics, waited = self._pending
@@ -45,6 +49,8 @@ class Meter:
                          gradient_norm=_finite(norm), seconds=round(now - self._mark, 5), input_wait=round(waited, 5))
         self.latest = f"loss {loss:.3f}  {now - self._mark:.2f} s/step  input wait {100 * waited / max(now - self._mark, 1e-9):.0f} %"
         self._mark = now
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NotFinite(step)
 
     def resume_clock(self) -> None:
         """Leave out of the step times what was done since the last one (compiling, validation)."""

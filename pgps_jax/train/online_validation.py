@@ -10,6 +10,7 @@ from pgps_jax.curriculum import Stage
 from pgps_jax.data.pipeline import validation_source
 from pgps_jax.report.run_log import RunLog
 from pgps_jax.train.device import Device, abstract_batch, put
+from pgps_jax.train.health import concern
 from pgps_jax.train.meter import Meter
 from pgps_jax.train.setup import program_options
 from pgps_jax.train.state import abstract
@@ -44,6 +45,8 @@ class OnlineValidation:
         record = meter.epoch(epoch, epoch * per_epoch, done - 1, float(run.learning_rates[done - 1]),
                              jax.device_get(counts), time.perf_counter() - began)
         log.say(_line(record, run))
+        if worry := concern(log.of_kind("epoch")):
+            log.say(worry)
         return (record["pseudo_dice_ema"] or 0) > best_before
 
 

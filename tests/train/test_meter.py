@@ -6,6 +6,7 @@ import pytest
 
 from pgps_jax.curriculum import Schedule, Stage
 from pgps_jax.report.run_log import RunLog
+from pgps_jax.train.health import NotFinite
 from pgps_jax.train.meter import Meter, duration
 from pgps_jax.train.step import StepMetrics, ValidationCounts
 
@@ -38,7 +39,8 @@ def test_a_step_is_recorded_when_the_next_one_is_noted(log):
 def test_a_loss_that_is_not_finite_is_recorded_as_none(log):
     meter = Meter(log, SCHEDULE)
     meter.note(0, StepMetrics(jnp.float32(np.nan), jnp.float32(np.inf)), 0.0)
-    meter.settle()
+    with pytest.raises(NotFinite, match="step 0"):
+        meter.settle()
     assert log.of_kind("step")[0]["loss"] is None and log.of_kind("step")[0]["gradient_norm"] is None
 
 
