@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -89,6 +93,20 @@ def test_a_stopped_and_resumed_run_has_the_same_bits_as_an_uninterrupted_one(tin
         return [{k: r.get(k) for k in kept} for r in read_records(folder / "metrics.jsonl") if r["kind"] in ("step", "epoch")]
 
     assert numbers(run_folder(workspace, name)) == numbers(finished)
+
+
+def test_a_run_killed_without_warning_goes_on_with_the_same_bits(tiny, finished):
+    raw, workspace = tiny
+    folder = run_folder(workspace, "killed")
+    process = subprocess.Popen([sys.executable, "-m", "pgps_jax.main", *command(raw, workspace, "killed")],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((folder / "checkpoints" / "last").glob("[0-9]*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert main(command(raw, workspace, "killed")) == 0
+    jax.tree.map(np.testing.assert_array_equal, load_params(finished / "checkpoints"), load_params(folder / "checkpoints"))
+    assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "step"] == list(range(STEPS))
 
 
 def test_training_again_after_the_end_changes_nothing(tiny, finished):
