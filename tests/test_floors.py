@@ -11,7 +11,7 @@ FLOORS: list[set[str]] = [
      "interop.__init__", "report.__init__"},
     {"data.nifti", "data.resample", "interop.pickles", "interop.nnunet_names", "interop.monai_names", "interop.nnunet_model",
      "models.conv", "models.blocks", "models.attention", "train.spatial", "train.intensity", "train.accumulate", "report.run_log"},
-    {"data.dataset", "data.decathlon", "data.doctor", "data.explain", "data.findings", "data.fingerprint", "data.folds",
+    {"data.dataset", "data.decathlon", "data.doctor", "data.download", "data.explain", "data.findings", "data.fingerprint", "data.folds",
      "data.label_pairs", "data.plan", "data.planner", "data.repair", "data.synthetic"},
     {"curriculum", "pacing", "data.store", "data.preprocess", "data.sampling", "data.similarity", "interop.preprocessed",
      "models.unet", "models.resenc", "models.unetr", "models.swin_unetr", "models.__init__", "evaluate.metrics", "evaluate.surface"},
