@@ -24,11 +24,14 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from pgps_jax.data.dataset import Labels
+from pgps_jax.data.dataset import Case, Labels, read_case
 from pgps_jax.data.plan import Plan
+from pgps_jax.data.preprocess import preprocess_case
 from pgps_jax.infer.export import restore_labels
 from pgps_jax.infer.predict import make_predictor
+from pgps_jax.interop.nnunet_model import read_nnunet_model
 from pgps_jax.interop.nnunet_names import params_from_state_dict
+from pgps_jax.interop.pickles import read_checkpoint
 
 
 def plans_json(features: list[int], patch_size: list[int], spacing: list[float]) -> dict:
@@ -109,15 +112,16 @@ def alternate(repeats: int, **sides: Callable) -> tuple[dict[str, float], dict]:
     return {name: statistics.median(s[1:]) for name, s in seconds.items()}, results
 
 
-def bench_tiles(features: list[int], patch_size: list[int], volume: list[int], mirror: bool, repeats: int) -> dict:
-    """The sliding window of both sides over one volume."""
-    plans, dataset = plans_json(features, patch_size, [1.0, 1.0, 1.0]), dataset_json(3)
+def bench_tiles(plans: dict, dataset: dict, image: np.ndarray, mirror: bool, repeats: int, weights: dict | None) -> dict:
+    """The sliding window of both sides over one preprocessed volume; random weights unless given (nnU-Net's names)."""
     manager = PlansManager(plans)
     configuration = manager.get_configuration("3d_fullres")
     torch.manual_seed(0)
     network = get_network_from_plans(
         configuration.network_arch_class_name, configuration.network_arch_init_kwargs,
         configuration.network_arch_init_kwargs_req_import, 1, 3, deep_supervision=False)
+    if weights is not None:
+        network.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
     peer = nnUNetPredictor(
         use_mirroring=mirror, perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False)
     peer.manual_initialization(network, manager, configuration, [network.state_dict()], dataset, "bench", (0, 1, 2))
@@ -126,7 +130,6 @@ def bench_tiles(features: list[int], patch_size: list[int], volume: list[int], m
     params = params_from_state_dict({name: value.numpy() for name, value in network.state_dict().items()})
     ours = make_predictor(
         plan, plan.configurations["3d_fullres"], Labels.from_json(dataset), ("MRI",), [params], mirror=mirror)
-    image = np.random.default_rng(0).normal(size=(1, *volume)).astype(np.float32)
     seconds, logits = alternate(
         repeats,
         nnunet=lambda: peer.predict_logits_from_preprocessed_data(torch.from_numpy(image)).float().numpy(),
@@ -135,9 +138,10 @@ def bench_tiles(features: list[int], patch_size: list[int], volume: list[int], m
     difference = np.abs(logits["nnunet"] - logits["pgps_jax"])
     return {
         "what": "tiles",
-        "features": features,
-        "patch_size": patch_size,
-        "volume": volume,
+        "weights": "random" if weights is None else "trained by nnU-Net",
+        "features": configuration.network_arch_init_kwargs["features_per_stage"],
+        "patch_size": configuration.patch_size,
+        "volume": image.shape[1:],
         "mirroring": mirror,
         "seconds": seconds,
         "ratio": seconds["pgps_jax"] / seconds["nnunet"],
@@ -145,6 +149,23 @@ def bench_tiles(features: list[int], patch_size: list[int], volume: list[int], m
         "logit_range": float(np.ptp(logits["pgps_jax"])),
         "equal_labels": float((logits["nnunet"].argmax(0) == logits["pgps_jax"].argmax(0)).mean()),
     }
+
+
+def bench_random(features: list[int], volume: list[int], mirror: bool, repeats: int) -> dict:
+    """`bench_tiles` of a network with random weights over noise, where neighbouring labels are nearly ties."""
+    plans = plans_json(features, [40, 56, 40], [1.0, 1.0, 1.0])
+    image = np.random.default_rng(0).normal(size=(1, *volume)).astype(np.float32)
+    return bench_tiles(plans, dataset_json(3), image, mirror, repeats, None)
+
+
+def bench_model(folder: Path, file: Path, mirror: bool, repeats: int) -> dict:
+    """`bench_tiles` of a model that nnU-Net trained, over a real image repeated twice along each axis."""
+    model = read_nnunet_model(folder)
+    plan, labels = Plan.from_json(model.plans), Labels.from_json(model.dataset)
+    raw = read_case(Case("case", (file,), None))
+    image = preprocess_case(raw, plan, plan.configurations[model.configuration], labels).image
+    weights = read_checkpoint(next(folder.glob("fold_*/checkpoint_final.pth")))["network_weights"]
+    return bench_tiles(model.plans, model.dataset, np.tile(image, (1, 2, 2, 2)), mirror, repeats, weights)
 
 
 def bench_export(num_classes: int, shape: list[int], new_shape: list[int], repeats: int) -> dict:
@@ -188,16 +209,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/infer.json"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="results folder of a model that nnU-Net trained, measured as well")
+    parser.add_argument("--image", type=Path, help="an image for that model")
     arguments = parser.parse_args()
-    hippocampus = [32, 64, 128, 256], [40, 56, 40]
+    planned, repeats = [32, 64, 128, 256], arguments.repeats
+    runs = [
+        lambda: bench_random(planned, [60, 84, 60], False, repeats),
+        lambda: bench_random(planned, [40, 56, 60], True, repeats),
+        lambda: bench_export(3, [80, 120, 120], [100, 180, 180], repeats),
+        lambda: bench_export(60, [60, 90, 90], [80, 130, 130], repeats),
+    ]
+    if arguments.model:
+        runs.append(lambda: bench_model(arguments.model, arguments.image, True, repeats))
     rows = []
-    for run in (
-        lambda: bench_tiles(*hippocampus, [60, 84, 60], False, arguments.repeats),
-        lambda: bench_tiles(*hippocampus, [40, 56, 60], True, arguments.repeats),
-        lambda: bench_tiles([8, 16, 32, 64], [40, 56, 40], [60, 84, 60], True, arguments.repeats),
-        lambda: bench_export(3, [80, 120, 120], [100, 180, 180], arguments.repeats),
-        lambda: bench_export(60, [60, 90, 90], [80, 130, 130], arguments.repeats),
-    ):
+    for run in runs:
         rows.append(run())
         row = rows[-1]
         seconds = row["seconds"]

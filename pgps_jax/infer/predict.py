@@ -22,6 +22,7 @@ from pgps_jax.errors import InputError
 from pgps_jax.infer.export import restore_labels, restore_probabilities
 from pgps_jax.infer.sliding_window import NetworkFunction, SlidingWindow
 from pgps_jax.models import build
+from pgps_jax.models.conv import compiler_options
 
 OUTSIDE_LOGIT = 20.0  # of background in tiles that are skipped; certain, but a finite number
 
@@ -136,6 +137,7 @@ def make_predictor(
         step=step,
         tile_batch=tile_batch,
         outside=background_logits(labels) if skip_outside else None,
+        compiler_options=compiler_options(jax.default_backend()) or None,
     )
     params = tuple(jax.device_put(params) for params in fold_params)
     return Predictor(plan, configuration, labels, tuple(channel_names), params, window, file_ending,

@@ -77,6 +77,7 @@ class SlidingWindow:
         step: float = 0.5,
         outside: Sequence[float] | None = None,
         memory_limit: int = 4 * 2**30,
+        compiler_options: dict[str, str] | None = None,
     ):
         """Describe the prediction; nothing is compiled yet.
 
@@ -91,6 +92,7 @@ class SlidingWindow:
                 body) are skipped and voxels that no tile covers take these logits.
             memory_limit: bytes of logits kept in memory; beyond it they go to an unnamed temporary file, which the
                 operating system pages.
+            compiler_options: XLA's, for the platform.
         """
         if not 0 < step <= 1:
             raise InputError(f"tile step: {step} given, must be above 0 and at most 1 (in patch lengths)")
@@ -107,7 +109,8 @@ class SlidingWindow:
         self.memory_limit = memory_limit
         self._weight = gaussian_map(patch_size)
         self._flips = [s for n in range(len(self.mirror_axes) + 1) for s in itertools.combinations(self.mirror_axes, n)]
-        self._add_pass = jax.jit(partial(_add_pass, network_fn, self._flips), donate_argnums=2)
+        self._add_pass = jax.jit(
+            partial(_add_pass, network_fn, self._flips), donate_argnums=2, compiler_options=compiler_options)
         self._finish = jax.jit(_finish)
 
     def __call__(
