@@ -35,7 +35,7 @@ class PlanCommand:
     """Check a raw dataset, measure it, and plan networks for it (nnU-Net's plans.json)."""
 
     dataset: tyro.conf.Positional[Path]
-    """Dataset folder in nnU-Net's raw layout."""
+    """Dataset folder in nnU-Net's raw layout, or a Decathlon folder, which is converted."""
     workspace: Path = Path("pgps_workspace")
     """Folder under which everything is written."""
     planner: Planner = "nnunet"
@@ -56,7 +56,7 @@ class Preprocess:
     """Crop, normalise and resample every case of a planned dataset."""
 
     dataset: tyro.conf.Positional[Path]
-    """Dataset folder in nnU-Net's raw layout."""
+    """Dataset folder in nnU-Net's raw layout, or a Decathlon folder, which is converted."""
     workspace: Path = Path("pgps_workspace")
     """Folder under which everything is written."""
     configuration: str = "3d_fullres"
@@ -87,6 +87,8 @@ class Predict:
     """Also write CASE.npz with class probabilities."""
     overwrite: bool = False
     """Predict cases again whose segmentation exists."""
+    ignore_orientation: bool = False
+    """Take images as they are stored, as nnU-Net does, also where their axes run otherwise than the training images'."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """Where to compute; auto takes an accelerator when there is one."""
 
@@ -168,6 +170,16 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class FetchMsd:
+    """Download and verify a task of the Medical Segmentation Decathlon, such as Task04_Hippocampus; goes on where it was stopped."""
+
+    task: tyro.conf.Positional[str]
+    """Name of the task; a wrong one is answered with all names."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path(".")
+    """Folder in which the task's folder is made."""
+
+
+@dataclass(frozen=True)
 class ConvertMsd:
     """Convert a Medical Segmentation Decathlon folder (Task04_Hippocampus) to nnU-Net's raw layout."""
 
@@ -210,6 +222,7 @@ Command = (
     | Annotated[FindPostprocessing, tyro.conf.subcommand("find-postprocessing")]
     | Annotated[Postprocess, tyro.conf.subcommand("postprocess")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[FetchMsd, tyro.conf.subcommand("fetch-msd")]
     | Annotated[ConvertMsd, tyro.conf.subcommand("convert-msd")]
     | Annotated[ImportNnunet, tyro.conf.subcommand("import-nnunet")]
     | Annotated[ExportNnunet, tyro.conf.subcommand("export-nnunet")]

@@ -17,6 +17,7 @@ from pgps_jax.commands import (
     Doctor,
     Evaluate,
     ExportNnunet,
+    FetchMsd,
     FindPostprocessing,
     ImportNnunet,
     PlanCommand,
@@ -31,6 +32,7 @@ from pgps_jax.config import RunConfig
 from pgps_jax.data.dataset import open_dataset
 from pgps_jax.data.decathlon import convert_decathlon, converted_name
 from pgps_jax.data.doctor import examine
+from pgps_jax.data.download import fetch_msd
 from pgps_jax.data.repair import repair
 from pgps_jax.data.synthetic import write_phantom_dataset
 from pgps_jax.errors import InputError
@@ -47,11 +49,12 @@ from pgps_jax.train.device import choose_platform, warnings
 from pgps_jax.train.loop import Stopped, train
 from pgps_jax.train.programs import enable_compilation_cache
 from pgps_jax.train.sizing import sized
-from pgps_jax.validate import dice_table, load_predictor, validate
+from pgps_jax.validate import dice_table, load_predictor, other_orientations, validate
 
 EXIT_BAD_INPUT = 2
 CACHE_BYTES = 4 * 2**30
 EXIT_STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
+DatasetCommand = PlanCommand | Preprocess | RunConfig
 
 
 def plan(command: PlanCommand) -> None:
@@ -126,6 +129,14 @@ def predict(command: Predict) -> None:
     choose_platform(command.device)
     enable_compilation_cache(cache_folder(), CACHE_BYTES)
     predictor = load_predictor(command.run, command.checkpoint, command.mirror_tta, command.overlap)
+    if others := other_orientations(predictor, command.images):
+        if command.ignore_orientation:
+            complain(f"warning: {others} images are not stored as {predictor.orientation} like the training images, and are taken as they "
+                     "are; expect bad segmentations of them")
+        else:
+            say(f"{others} images are turned to {predictor.orientation}, like the training images, and their segmentations back")
+    if command.ignore_orientation:
+        predictor = dataclasses.replace(predictor, orientation=None)
     with CaseProgress("prediction") as progress:
         done = predict_folder(predictor, command.images, command.output, save_probabilities=command.save_probabilities,
                               overwrite=command.overwrite, progress=progress)
@@ -159,6 +170,21 @@ def convert(command: ConvertMsd) -> None:
     with CaseProgress("converting") as progress:
         folder = convert_decathlon(command.task, command.output / converted_name(command.task.resolve().name), progress)
     say(f"dataset: {folder}")
+
+
+def fetch(command: FetchMsd) -> None:
+    """Download a Decathlon task."""
+    with CaseProgress("downloading, MB") as progress:
+        folder = fetch_msd(command.task, command.output, progress=progress)
+    say(f"Decathlon folder: {folder}; `run`, `plan` and `preprocess` take it as it is")
+
+
+def from_raw_folder(command: DatasetCommand) -> DatasetCommand:
+    """The same command on nnU-Net's layout, converted into the workspace, where it names a Decathlon folder."""
+    with CaseProgress("converting") as progress:
+        folder = workspace.raw_folder(
+            command.dataset, command.workspace, (lambda _: None) if isinstance(command, ShowSchedule) else say, progress)
+    return command if folder == command.dataset else dataclasses.replace(command, dataset=folder)
 
 
 def doctor(command: Doctor) -> int:
@@ -218,6 +244,8 @@ def execute(command: object) -> int:
     """Carry out one parsed command; returns the exit code."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells its life story there
     try:
+        if isinstance(command, DatasetCommand):
+            command = from_raw_folder(command)
         match command:
             case PlanCommand():
                 plan(command)
@@ -242,6 +270,8 @@ def execute(command: object) -> int:
                     apply_postprocessing(read_postprocessing(command.decision), command.predictions, command.output, progress)
             case Doctor():
                 return doctor(command)
+            case FetchMsd():
+                fetch(command)
             case ConvertMsd():
                 convert(command)
             case ImportNnunet():

@@ -1,6 +1,7 @@
 """Full-volume measurement of a trained run on its validation cases, and loading a run for prediction."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import numpy as np
 from rich.table import Table
 
 from pgps_jax.data.dataset import Labels
-from pgps_jax.data.nifti import write_volume
+from pgps_jax.data.nifti import axis_codes, read_header, write_volume
 from pgps_jax.data.plan import read_plan
 from pgps_jax.data.preprocess import Preprocessed
 from pgps_jax.errors import InputError
 from pgps_jax.evaluate.summary import evaluate_folder
-from pgps_jax.infer.predict import Predictor, make_predictor
+from pgps_jax.infer.predict import Predictor, find_cases, make_predictor
 from pgps_jax.train.checkpoint import load_params
 from pgps_jax.workspace import Experiment, read_json
 
@@ -71,7 +72,17 @@ def load_predictor(run: Path, checkpoint: str = "last", mirror: bool = True, ste
         plan, configuration, Labels.from_json(dataset_json), [channels[k] for k in sorted(channels, key=int)],
         [load_params(fold / "checkpoints", checkpoint) for fold in folds],
         file_ending=dataset_json["file_ending"], mirror=mirror, mirror_axes=inference["mirror_axes"], step=step,
+        orientation=inference.get("orientation"),  # imported models do not know theirs: images are taken as they are
     )
+
+
+def other_orientations(predictor: Predictor, images: Path) -> str | None:
+    """Which images of a folder are stored in another orientation than the training's, such as "3 RAS, 1 SPL"; None for none."""
+    if predictor.orientation is None:
+        return None
+    cases = find_cases(images, predictor.channel_names, predictor.file_ending)
+    codes = Counter(axis_codes(read_header(case.images[0]).affine) for case in cases)
+    return ", ".join(f"{number} {code}" for code, number in codes.most_common() if code != predictor.orientation) or None
 
 
 def dice_table(summary: dict, labels: Labels) -> Table:

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,13 @@ import numpy as np
 from pgps_jax.config import NetworkConfig, Planner, RunConfig, check_same, to_json
 from pgps_jax.curriculum import Schedule, make_schedule, schedule_from_json, schedule_to_json
 from pgps_jax.data.dataset import Dataset, Labels, check_dataset, open_dataset
+from pgps_jax.data.decathlon import convert_decathlon, converted_name, is_decathlon
+from pgps_jax.data.download import TASKS
 from pgps_jax.data.explain import explain
 from pgps_jax.data.fingerprint import Fingerprint, extract_fingerprint
 from pgps_jax.data.folds import cases_of_fold, leaks, read_or_make_folds
 from pgps_jax.data.label_pairs import left_right_axis
+from pgps_jax.data.nifti import axis_codes
 from pgps_jax.data.plan import Configuration, Plan, read_plan, write_plan
 from pgps_jax.data.planner import Overrides, make_plan
 from pgps_jax.data.preprocess import preprocess_dataset
@@ -34,6 +38,7 @@ PLANS_FILE: dict[Planner, str] = {
     "resenc-xl": "nnUNetResEncUNetXLPlans.json",
 }
 Callback = Callable[[int, int], None]
+ORIENTATION_SAMPLE = 100  # cases that are asked for the orientation of the training images
 
 
 def write_json(path: Path, content: dict | list) -> None:
@@ -54,6 +59,21 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content
+
+
+def raw_folder(dataset: Path, workspace: Path, say: Callable[[str], None], progress: Callback | None = None) -> Path:
+    """The dataset itself, or <workspace>/raw/Dataset004_Hippocampus made of the Decathlon folder Task04_Hippocampus.
+
+    What is converted already is not converted again. Raises InputError as `convert_decathlon` does.
+    """
+    if not dataset.exists() and dataset.name in TASKS:
+        raise InputError(f"{dataset}: no such folder; `fetch-msd {dataset.name} -o {dataset.parent}` downloads it")
+    if not is_decathlon(dataset):
+        return dataset
+    folder = workspace / "raw" / converted_name(dataset.resolve().name)
+    if not (folder / "dataset.json").exists():
+        say(f"converting {dataset} to {folder}")
+    return convert_decathlon(dataset, folder, progress)
 
 
 def preprocessed_folder(dataset: Path, workspace: Path) -> Path:
@@ -270,8 +290,20 @@ def write_run_folder(experiment: Experiment, environment: dict) -> None:
     write_json(folder / "dataset.json", experiment.dataset_json)
     write_json(folder / "schedule.json", schedule_to_json(experiment.schedule))
     write_json(folder / "inference.json", {
-        "configuration": experiment.config.configuration, "mirror_axes": list(experiment.policy.mirror_axes)})
+        "configuration": experiment.config.configuration, "mirror_axes": list(experiment.policy.mirror_axes),
+        "orientation": training_orientation(experiment.store, experiment.train_ids)})
     write_json(folder / "config.json", to_json(experiment.config))
+
+
+def training_orientation(store: CaseStore, ids: Sequence[str]) -> str | None:
+    """Axis codes, such as "LPS", of most of the images (of a sample of them, if they are many); None if no axes can be told."""
+    codes = Counter()
+    for case_id in ids[:: -(-len(ids) // ORIENTATION_SAMPLE)]:
+        stuff = store.open(case_id).properties["nibabel_stuff"]
+        affine = stuff.get("reoriented_affine", stuff["original_affine"])  # nnU-Net's reader that turns images stores both
+        codes[axis_codes(np.asarray(affine, np.float64))] += 1
+    usual = codes.most_common(1)[0][0]
+    return None if "?" in usual else usual
 
 
 def find_labels(dataset_json: Path | None, predictions: Path, references: Path) -> Labels:

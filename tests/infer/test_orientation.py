@@ -1,0 +1,101 @@
+"""From the training images to `predict`: the orientation is stored with a run, and other images are turned to it."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pgps_jax.data.dataset import Labels
+from pgps_jax.data.nifti import read_volume, reorient, write_volume
+from pgps_jax.data.plan import Plan, write_plan
+from pgps_jax.data.store import CaseStore, StoredCase
+from pgps_jax.infer.predict import find_cases
+from pgps_jax.main import main
+from pgps_jax.models import build
+from pgps_jax.train.checkpoint import Checkpoints
+from pgps_jax.train.state import TrainState
+from pgps_jax.validate import load_predictor
+from pgps_jax.workspace import training_orientation
+
+LPS, RAS, RAI = np.diag([-1.0, -1, 1, 1]), np.eye(4), np.diag([1.0, 1, -1, 1])
+
+
+def store(*affines):
+    """A store of cases that know nothing but their geometry."""
+    stuff = [affine if isinstance(affine, dict) else {"original_affine": affine.tolist()} for affine in affines]
+
+    class Cases(CaseStore):
+        def open(self, case_id):
+            return StoredCase(case_id, None, None, {"nibabel_stuff": stuff[int(case_id)]}, {})
+
+    return Cases(Path())
+
+
+@pytest.mark.parametrize("affines, expected", [
+    ([RAS, LPS, LPS], "LPS"), ([RAI], "RAI"), ([RAS] * 150 + [LPS] * 200, "LPS"), ([np.diag([0.0, 1, 1, 1])], None),
+    ([{"original_affine": LPS.tolist(), "reoriented_affine": RAS.tolist()}], "RAS"),
+])  # fmt: skip
+def test_a_run_keeps_the_orientation_of_most_of_its_training_images(affines, expected):
+    assert training_orientation(store(*affines), [str(i) for i in range(len(affines))]) == expected
+
+
+@pytest.fixture
+def run(small_plans, tmp_path):
+    """A run folder with random weights, trained, as it says, on LPS images."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    plan, labels = Plan.from_json(small_plans), {"labels": {"background": 0, "a": 1, "b": 2}}
+    write_plan(plan, folder / "plan.json")
+    (folder / "dataset.json").write_text(json.dumps({**labels, "channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}))
+    store_inference(folder, orientation="LPS")
+    outputs = Labels.from_json(labels).num_outputs
+    network = nnx.eval_shape(lambda: build(plan.configurations["3d_fullres"].architecture, 1, outputs, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32),
+                          nnx.to_pure_dict(nnx.split(network, nnx.Param)[1]))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save("last", TrainState(jnp.int32(0), params, {}), 0, {})
+    return folder
+
+
+def store_inference(folder, **more):
+    (folder / "inference.json").write_text(json.dumps({"configuration": "3d_fullres", "mirror_axes": [], **more}))
+
+
+def test_predict_turns_images_to_the_trainings_orientation_and_segmentations_back_or_warns(run, tmp_path, capsys):
+    image = np.random.default_rng(1).normal(1, 1, (9, 11, 10)).astype(np.float32)
+    (tmp_path / "in").mkdir()
+    turned = {"same": (image, LPS)} | {codes: reorient(image, LPS, codes) for codes in ("RAI", "SLP")}
+    for name, (array, affine) in turned.items():
+        write_volume(tmp_path / "in" / f"{name}_0000.nii.gz", array, affine)
+    assert [case.id for case in find_cases(tmp_path / "in", ["MRI"], ".nii.gz")] == ["RAI", "SLP", "same"]
+
+    def predicted(output, *flags):
+        assert main(["predict", str(run), "-i", str(tmp_path / "in"), "-o", str(tmp_path / output), *flags]) == 0
+        volumes = {name: read_volume(tmp_path / output / f"{name}.nii.gz") for name in turned}
+        for name, (array, affine) in turned.items():
+            assert volumes[name].array.shape == array.shape
+            np.testing.assert_allclose(volumes[name].affine, affine, atol=1e-5)
+        return volumes["same"].array, [reorient(volumes[c].array, volumes[c].affine, "LPS")[0] for c in ("RAI", "SLP")]
+
+    same, others = predicted("turned")
+    assert len(np.unique(same)) > 1
+    for other in others:
+        np.testing.assert_array_equal(other, same)
+    assert "1 RAI, 1 SLP images are turned to LPS" in capsys.readouterr().out
+
+    same_again, others = predicted("ignored", "--ignore-orientation")
+    np.testing.assert_array_equal(same_again, same)
+    assert all((other != same).any() for other in others), "this network should tell the sides apart"
+    captured = capsys.readouterr()
+    assert "warning: 1 RAI, 1 SLP images are not stored as LPS" in captured.out + captured.err
+
+
+def test_runs_that_do_not_know_their_orientation_take_images_as_they_are(run):
+    assert load_predictor(run).orientation == "LPS"
+    store_inference(run)
+    assert load_predictor(run).orientation is None
