@@ -27,6 +27,7 @@ _PURPOSES = {"training": 0, "validation": 1}  # part of the seed: both kinds of 
 _OPEN_BYTES = 1024**3  # of files and tables that stay mapped between batches
 _AHEAD_BYTES = 512 * 1024**2  # of batches that are read ahead, if that is more than the fewest that keep threads busy
 _MOST_AHEAD = 16
+_CACHE_BYTES = 256 * 1024**2  # small datasets fit; reading them from memory takes half the time
 
 
 class PatchBatch(NamedTuple):
@@ -69,7 +70,7 @@ class PatchSource:
         image_dtype: DTypeLike = np.float32,
         label_dtype: DTypeLike = np.int16,
         share: tuple[int, int] = (0, 1),
-        cache_bytes: int = 0,
+        cache_bytes: int = _CACHE_BYTES,
     ):
         self.case_ids, self.schedule, self.crop_sizes = tuple(case_ids), schedule, tuple(crop_sizes)
         self._sampling, self._planned_batch_size = sampling, planned_batch_size
@@ -257,7 +258,7 @@ def stream(
     image_dtype: DTypeLike = np.float32,
     label_dtype: DTypeLike = np.int16,
     share: tuple[int, int] = (0, 1),
-    cache_bytes: int = 0,
+    cache_bytes: int = _CACHE_BYTES,
     say: Callable[[str], Any] = print,
 ) -> PatchStream:
     """The training batches from `first_step` on; see `PatchSource` and `PatchStream` for the arguments."""

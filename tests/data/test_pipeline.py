@@ -54,6 +54,7 @@ class WatchedStore(CaseStore):
 
 
 def make_source(store, schedule=None, sampling=SamplingConfig(), seed=0, **options) -> PatchSource:  # noqa: B008 (frozen)
+    options = {"cache_bytes": 0} | options
     return PatchSource(store, IDS, schedule or make_schedule(), sampling, CROPS, 4, seed=seed, **options)
 
 
