@@ -6,8 +6,10 @@
 
 Both sides read the same folder, written by nnU-Net, with all cores of this machine: pgps_jax with one thread per core,
 nnU-Net with one process per core. They are run in turns; a figure is the median over the turns, a ratio the median over
-the ratios of neighbours. pgps_jax cuts the crops that its augmentation needs and augments on the device, inside the
-training step; nnU-Net does both on the host, which is what this compares. Needs the extra `bench`.
+the ratios of neighbours. Two measures: batches per second as they come, and core-seconds that one batch takes without
+any workers, which also means something while the machine has other work to do (--core-seconds measures only that).
+pgps_jax cuts the crops that its augmentation needs and augments on the device, inside the training step; nnU-Net does
+both on the host, which is what this compares. Needs the extra `bench`.
 """
 
 import argparse
@@ -64,19 +66,36 @@ def write_cases(folder: Path, plan: BenchPlan) -> None:
         )
 
 
-def rate(batches, seconds: float) -> tuple[float, int]:
-    """Batches per second in the steady state, and how many were counted. What was read ahead before does not count."""
-    for _ in range(3):
+class Measured(NamedTuple):
+    core_seconds: float  # per batch, made one after the other in one thread
+    per_second: float  # batches, from all cores
+    bytes: int  # of memory that belongs to the workers
+
+
+def core_seconds(make_batch, seconds: float) -> float:
+    began, count = time.process_time(), 0
+    make_batch()
+    if (first := time.process_time() - began) > 4 * seconds:
+        return first  # so long that what is done only once does not matter
+    began = time.process_time()
+    while count < 1 or time.process_time() - began < seconds:
+        make_batch()
+        count += 1
+    return (time.process_time() - began) / count
+
+
+def rate(batches, seconds: float) -> float:
+    """Batches per second in the steady state: what was read ahead before does not count."""
+    for _ in range(2):
         next(batches)
     began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds or count < 3:
+    while time.perf_counter() - began < seconds or count < 2:
         next(batches)
         count += 1
-    return count / (time.perf_counter() - began), count
+    return count / (time.perf_counter() - began)
 
 
-def ours(folder: Path, stage, plan: BenchPlan, seconds: float, threads: int, image_dtype: str):
-    """Batches per second, and the bytes by which this process has grown."""
+def ours(folder: Path, stage, plan: BenchPlan, options) -> Measured:
     from pgps_jax.curriculum import Schedule
     from pgps_jax.data.pipeline import PatchSource, PatchStream
     from pgps_jax.data.sampling import SamplingConfig
@@ -88,14 +107,19 @@ def ours(folder: Path, stage, plan: BenchPlan, seconds: float, threads: int, ima
     crop = crop_size(make_policy(AugmentConfig(), plan.patch), stage.patch_size)
     before = memory()
     source = PatchSource(
-        store, store.ids, schedule, SamplingConfig(), [crop], plan.batch, seed=0, image_dtype=image_dtype, label_dtype=np.int8
+        store, store.ids, schedule, SamplingConfig(), [crop], plan.batch, seed=0, label_dtype=np.int8,
+        image_dtype=options.image_dtype,
     )
-    with PatchStream(source, threads=threads) as batches:
-        return *rate(batches, seconds), memory() - before
+    steps = iter(range(1_000_000))
+    alone = core_seconds(lambda: source.batch_of_step(next(steps)), options.seconds)
+    if options.core_seconds:
+        return Measured(alone, float("nan"), memory() - before)
+    with PatchStream(source, threads=options.cores) as batches:
+        return Measured(alone, rate(batches, options.seconds), memory() - before)
 
 
-def theirs(folder: Path, stage, plan: BenchPlan, seconds: float, processes: int):
-    """Batches per second of nnU-Net's loader and augmentation for the same patch and batch, and the bytes of its workers."""
+def theirs(folder: Path, stage, plan: BenchPlan, options) -> Measured:
+    """nnU-Net's loader and augmentation for the same patch and batch."""
     import torch
     from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
     from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
@@ -119,11 +143,15 @@ def theirs(folder: Path, stage, plan: BenchPlan, seconds: float, processes: int)
         nnUNetDatasetBlosc2(str(folder)), stage.batch_size, crop, stage.patch_size, labels, oversample_foreground_percent=0.33,
         transforms=transforms,
     )
-    workers = NonDetMultiThreadedAugmenter(loader, None, num_processes=processes, num_cached=max(6, processes // 2), seeds=None,
-                                           pin_memory=False, wait_time=0.002)
+    alone = core_seconds(lambda: next(loader), options.seconds)
+    if options.core_seconds:
+        return Measured(alone, float("nan"), 0)
+    workers = NonDetMultiThreadedAugmenter(
+        loader, None, num_processes=options.cores, num_cached=max(6, options.cores // 2), seeds=None, pin_memory=False, wait_time=0.002
+    )
     try:
-        found = rate(workers, seconds)
-        return *found, sum(memory(child.pid) for child in multiprocessing.active_children())
+        found = rate(workers, options.seconds)
+        return Measured(alone, found, sum(memory(child.pid) for child in multiprocessing.active_children()))
     finally:
         workers._finish()
 
@@ -154,6 +182,16 @@ def _send(sender, function, args) -> None:
     sender.send(function(*args))
 
 
+def line(stage, row: dict) -> str:
+    ms, mib = 1e3, 1 / 2**20
+    text = f"{stage!s:26} core-ms per batch {ms * row['ours_core_seconds']:8.1f} and {ms * row['nnunet_core_seconds']:9.1f}"
+    text += f", ratio {row['core_seconds_ratio']:6.1f}"
+    if row["per_second_ratio"] == row["per_second_ratio"]:  # measured
+        text += f";  batches/s {row['ours_per_second']:7.1f} and {row['nnunet_per_second']:6.2f}, ratio {row['per_second_ratio']:5.1f}"
+        text += f";  {mib * row['ours_bytes']:.0f} and {mib * row['nnunet_bytes']:.0f} MiB"
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=PLANS, default="hippocampus")
@@ -163,6 +201,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="per side, stage and turn")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     parser.add_argument("--image-dtype", default="float32")
+    parser.add_argument("--core-seconds", action="store_true", help="leave out the batches per second of all cores")
     options = parser.parse_args()
 
     from pgps_jax.architecture import PatchLimits
@@ -176,25 +215,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_cases(Path(folder), plan)
         for stage in (schedule.stages[i] for i in chosen):
-            turns = []
-            for _ in range(options.turns):
-                a = in_its_own_process(ours, Path(folder), stage, plan, options.seconds, options.cores, options.image_dtype)
-                b = in_its_own_process(theirs, Path(folder), stage, plan, options.seconds, options.cores)
-                turns.append((a, b))
-            row = {
-                "stage": stage.index, "patch": stage.patch_size, "batch": stage.batch_size,
-                "ours_batches_per_second": statistics.median(a[0] for a, _ in turns),
-                "nnunet_batches_per_second": statistics.median(b[0] for _, b in turns),
-                "ratio": statistics.median(a[0] / b[0] for a, b in turns),
-                "ours_bytes": max(a[2] for a, _ in turns), "nnunet_worker_bytes": max(b[2] for _, b in turns),
-            }
-            rows.append(row)
-            speeds = f"pgps_jax {row['ours_batches_per_second']:8.2f}/s  nnU-Net {row['nnunet_batches_per_second']:8.2f}/s"
-            memories = f"{row['ours_bytes'] / 2**20:.0f} and {row['nnunet_worker_bytes'] / 2**20:.0f} MiB"
-            print(f"{stage!s:28}  {speeds}  ratio {row['ratio']:6.1f}  memory {memories}", flush=True)
+            turns = [
+                tuple(in_its_own_process(side, Path(folder), stage, plan, options) for side in (ours, theirs))
+                for _ in range(options.turns)
+            ]
+            row = {"stage": stage.index, "patch": stage.patch_size, "batch": stage.batch_size}
+            for name in Measured._fields:
+                row[f"ours_{name}"], row[f"nnunet_{name}"] = (statistics.median(getattr(t[i], name) for t in turns) for i in (0, 1))
+            row["core_seconds_ratio"] = statistics.median(b.core_seconds / a.core_seconds for a, b in turns)
+            row["per_second_ratio"] = statistics.median(a.per_second / b.per_second for a, b in turns)
+            rows.append({k: None if v != v else v for k, v in row.items()})
+            print(line(stage, row), flush=True)
     result = {
         "what": __doc__.splitlines()[0], "plan": options.plan, "mode": options.mode, "cores": options.cores,
-        "load_average_at_end": os.getloadavg(), "machine": platform.processor() or platform.machine(),
+        "load_average": os.getloadavg(), "machine": platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in ("nnunetv2", "batchgeneratorsv2", "torch", "grain", "blosc2", "numpy")},
         "image_dtype": options.image_dtype, "stages": rows,
     }
