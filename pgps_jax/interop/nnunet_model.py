@@ -116,7 +116,8 @@ def write_nnunet_model(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_checkpoint(path, checkpoint)
     for name, contents in (("plans.json", plans), ("dataset.json", dataset)):
-        _replace(folder / name, lambda file, text=json.dumps(contents, indent=4): file.write(text.encode()))
+        text = json.dumps(contents, indent=4).encode()
+        _replace(folder / name, lambda file, text=text: file.write(text))
 
 
 def write_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
