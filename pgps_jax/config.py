@@ -36,7 +36,7 @@ class RunConfig:
     """Everything that a training run depends on."""
 
     dataset: tyro.conf.Positional[Path]
-    """Dataset folder in nnU-Net's raw layout (dataset.json, imagesTr, labelsTr)."""
+    """Dataset folder in nnU-Net's raw layout (dataset.json, imagesTr, labelsTr), or a Decathlon folder."""
     workspace: Path = Path("pgps_workspace")
     """Folder under which everything is written: preprocessed/<dataset>/ and runs/<dataset>/<name>/fold_<k>/."""
     name: str | None = None
