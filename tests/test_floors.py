@@ -10,7 +10,7 @@ FLOORS: list[set[str]] = [
     {"__init__", "errors", "architecture", "data.__init__", "train.__init__", "infer.__init__", "evaluate.__init__",
      "interop.__init__", "report.__init__"},
     {"data.nifti", "data.resample", "interop.pickles", "interop.nnunet_names", "interop.monai_names", "interop.nnunet_model",
-     "models.conv", "models.blocks", "models.attention", "train.spatial", "train.intensity", "train.accumulate", "report.run_log"},
+     "interop.pretrained",     "models.conv", "models.blocks", "models.attention", "train.spatial", "train.intensity", "train.accumulate", "report.run_log"},
     {"data.dataset", "data.decathlon", "data.doctor", "data.download", "data.explain", "data.findings", "data.fingerprint", "data.folds",
      "data.label_pairs", "data.plan", "data.planner", "data.repair", "data.synthetic"},
     {"curriculum", "pacing", "data.store", "data.preprocess", "data.sampling", "data.similarity", "interop.preprocessed",

@@ -12,7 +12,9 @@ from flax import nnx
 from pgps_jax.architecture import Architecture, PatchLimits
 from pgps_jax.errors import InputError
 from pgps_jax.models.resenc import build_resenc_unet
+from pgps_jax.models.swin_unetr import build_swin_unetr, swin_unetr_limits
 from pgps_jax.models.unet import build_plain_unet, unet_limits, unet_lowest_head
+from pgps_jax.models.unetr import build_unetr, unetr_limits
 
 
 class Backbone(NamedTuple):
@@ -26,6 +28,8 @@ class Backbone(NamedTuple):
 BACKBONES: dict[str, Backbone] = {
     "plain-unet": Backbone(build_plain_unet, unet_limits, unet_lowest_head),
     "resenc-unet": Backbone(build_resenc_unet, unet_limits, unet_lowest_head),
+    "unetr": Backbone(build_unetr, unetr_limits),
+    "swin-unetr": Backbone(build_swin_unetr, swin_unetr_limits),
 }
 
 

@@ -1,5 +1,7 @@
 """The peers' networks with their weights, inputs, outputs and gradients, in our layout."""
 
+import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 from flax import nnx
 
 from pgps_jax.architecture import Architecture
+from pgps_jax.interop import monai_names
 from pgps_jax.interop.nnunet_names import params_from_state_dict, state_dict_from_params
 from pgps_jax.models import build
 
@@ -140,3 +143,112 @@ def bfloat16_error():
         return float(jnp.linalg.norm((half.astype(jnp.float32) - full).ravel()) / jnp.linalg.norm(full.ravel()))
 
     return measure
+
+
+class Deviation(NamedTuple):
+    """Of one array from the peer's: largest relative to the largest value, and root mean square relative to its own."""
+
+    largest: float
+    rms: float
+
+
+def deviation(ours, theirs) -> Deviation:
+    difference = np.linalg.norm(np.asarray(ours, np.float64) - theirs)
+    return Deviation(relative_error(ours, theirs), float(difference / np.linalg.norm(theirs.astype(np.float64))))
+
+
+class MonaiNetwork(NamedTuple):
+    """One of MONAI's networks: ours with its weights, and what MONAI computed."""
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    image: np.ndarray
+    cotangent: np.ndarray
+    peer: dict[str, np.ndarray]  # "output_0" or, at every second voxel, "output_0_stride2"; gradients
+    about: dict
+
+    def errors(self) -> dict[str, "Deviation"]:
+        """Deviations of the output and of each recorded gradient."""
+
+        def objective(params, image):
+            (logits,) = nnx.merge(self.graphdef, params)(image)
+            return jnp.sum(logits * self.cotangent), logits
+
+        run = compiled(jax.value_and_grad(objective, (0, 1), has_aux=True), self.params, self.image)
+        (_, logits), (g_params, g_image) = run(self.params, self.image)
+        ours = {"grad_param:" + k: v for k, v in monai_names.state_dict_from_params(nnx.to_pure_dict(g_params)).items()}
+        ours["grad_input"] = np.moveaxis(np.asarray(g_image), -1, 1)
+        ours["output_0"] = np.moveaxis(np.asarray(logits), -1, 1)
+        ours["output_0_stride2"] = ours["output_0"][:, :, ::2, ::2, ::2]
+        return {k: deviation(ours[k], v) for k, v in self.peer.items() if k.startswith(("output", "grad"))}
+
+    def forward_error(self) -> "Deviation":
+        """Deviation of the output alone."""
+        (logits,) = compiled(nnx.merge(self.graphdef, self.params), self.image)(self.image)
+        logits = np.moveaxis(np.asarray(logits, np.float32), -1, 1)
+        if "output_0" in self.peer:
+            return deviation(logits, self.peer["output_0"])
+        return deviation(logits[:, :, ::2, ::2, ::2], self.peer["output_0_stride2"])
+
+
+@pytest.fixture(scope="session")
+def monai_network(golden):
+    """monai_network("monai_unetr", **options to change) -> MonaiNetwork; weights follow the recipe in the sidecar."""
+
+    def read(name: str, dtype=jnp.float32, **changes) -> MonaiNetwork:
+        arrays, about = golden(f"nets/{name}")
+        recipe = about["weight_recipe"]
+        weights = {k: hashed(recipe["name_prefix"] + k, **v) for k, v in recipe["parameters"].items()}
+        for key, total in recipe["parameter_sums_float64"].items():
+            assert abs(weights[key].sum(dtype=np.float64) - total) < 1e-6
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: build_monai(about, dtype, **changes)))
+        nnx.replace_by_pure_dict(params, jax.tree.map(jnp.asarray, monai_names.params_from_state_dict(weights)))
+        cotangent = hashed(f"{name}.fixed_0", about["output_checksums"][0]["shape"], 0.0, 1.0)
+        return MonaiNetwork(graphdef, params, channels_last(arrays["input"]), channels_last(cotangent), arrays, about)
+
+    return read
+
+
+def build_monai(about: dict, dtype=jnp.float32, **changes) -> nnx.Module:
+    """A fresh network of a golden's architecture."""
+    options = dict(about["arch_kwargs"])
+    ends = options.pop("in_channels"), options.pop("out_channels")
+    renamed = {{"img_size": "table_size", "use_v2": "v2"}.get(k, k): v for k, v in options.items()}
+    renamed = {k: tuple(v) if isinstance(v, list) else v for k, v in renamed.items()}
+    backbone = "unetr" if about["network"].endswith(".UNETR") else "swin-unetr"
+    return build(Architecture(backbone, options=renamed | changes), *ends, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
+def filled():
+    """filled(make) -> the module that `make` builds, with random parameters: compiling each of its own draws takes long."""
+
+    def fill(make: Callable[[], nnx.Module]) -> nnx.Module:
+        graphdef, params = nnx.split(nnx.eval_shape(make))
+        rng = np.random.default_rng(0)
+        return nnx.merge(graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.2, p.shape), p.dtype), params))
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def run_quickly():
+    """run_quickly(function, *args): compiled as a whole, with little optimisation."""
+    return lambda function, *args: compiled(function, *args)(*args)
+
+
+def compiled(function: Callable, *args) -> Callable:
+    """Compiled without LLVM's optimisations, which take most of the time and change no number that matters here."""
+    return jax.jit(lambda *a: function(*a)).lower(*args).compile({"xla_backend_optimization_level": 0})
+
+
+def hashed(name: str, shape: list[int], offset: float, scale: float) -> np.ndarray:
+    """The golden files' recipe for reproducible weights: an integer hash of (name, index), uniform in offset +- scale."""
+    low = np.uint64(2**32 - 1)
+    h = np.arange(np.prod(shape, dtype=int), dtype=np.uint64) * np.uint64(2654435761)
+    h = (h + np.uint64(zlib.crc32(name.encode()))) & low
+    h ^= h >> np.uint64(15)
+    h = (h * np.uint64(2246822519)) & low
+    h ^= h >> np.uint64(13)
+    u = (h >> np.uint64(8)) / 2.0**24
+    return (offset + scale * (2 * u - 1)).astype(np.float32).reshape(shape)

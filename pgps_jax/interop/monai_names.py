@@ -1,0 +1,90 @@
+"""MONAI's names and layouts of the parameters of UNETR and SwinUNETR, and ours.
+
+Our attribute paths are MONAI's names; only the last part differs (`weight` is `kernel` or `scale`), and kernels are stored
+with channels last. SwinUNETR's `relative_position_index` is no parameter: it follows from the window and is written again.
+"""
+
+import re
+
+import numpy as np
+
+# PyTorch (out, in, d, h, w) -> (d, h, w, in, out); transposed convolutions hold (in, out, d, h, w); linear (out, in)
+_TO_CONV, _TO_TRANSPOSED = (2, 3, 4, 1, 0), (2, 3, 4, 0, 1)
+_FROM_CONV, _FROM_TRANSPOSED = (4, 3, 0, 1, 2), (3, 4, 0, 1, 2)
+_TRANSPOSED = re.compile(r"(^|\.)transp_conv(_init)?\.|^encoder\d+\.blocks\.\d+\.0\.")
+_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and torch.compile
+_INDEX, _TABLE = "relative_position_index", "relative_position_bias_table"
+
+
+def params_from_state_dict(state_dict: dict[str, np.ndarray]) -> dict:
+    """Nested dict of our parameters, list positions as int keys."""
+    params = {}
+    for name, array in state_dict.items():
+        name = _PREFIXES.sub("", name)
+        *folders, leaf = name.split(".")
+        array = np.asarray(array)
+        if leaf == _INDEX:
+            continue
+        if leaf == "weight":
+            leaf = "scale" if array.ndim == 1 else "kernel"
+            if array.ndim == 2:
+                array = array.T
+            elif array.ndim == 5:
+                array = array.transpose(_TO_TRANSPOSED if _TRANSPOSED.search(name) else _TO_CONV)
+        here = params
+        for part in folders:
+            here = here.setdefault(int(part) if part.isdecimal() else part, {})
+        here[leaf] = np.ascontiguousarray(array)
+    return params
+
+
+def state_dict_from_params(params: dict, window: tuple[int, int, int] = (7, 7, 7)) -> dict[str, np.ndarray]:
+    """State dict that MONAI loads strictly; `window` is SwinUNETR's window size."""
+    state_dict = {}
+    for path, array in _leaves(params, ()):
+        *folders, leaf = path
+        array = np.asarray(array)
+        name = ".".join([*folders, "weight" if leaf in ("kernel", "scale") else leaf])
+        if array.ndim == 2 and leaf == "kernel":
+            array = array.T
+        elif array.ndim == 5:
+            array = array.transpose(_FROM_TRANSPOSED if _TRANSPOSED.search(name) else _FROM_CONV)
+        state_dict[name] = np.ascontiguousarray(array)
+        if leaf == _TABLE:
+            state_dict[".".join([*folders, _INDEX])] = relative_position_index(window)
+    return state_dict
+
+
+def swin_encoder_from_pretraining(state_dict: dict[str, np.ndarray]) -> tuple[dict, tuple[str, ...]]:
+    """Parameters of a self-supervised SwinUNETR encoder, below "swinViT", and the names that are not of the encoder.
+
+    Reads the two published ways of writing them: `module.layers1.0.blocks.0.mlp.fc1.weight` (the encoder alone, perceptrons
+    with old names; Tang et al. 2022) and `encoder.layers1.0.0.blocks.0...` (with a pretraining decoder; Valanarasu et al.
+    2023), and names that are SwinUNETR's already. Heads, decoders and mask tokens of the pretraining come back by name.
+    """
+    encoder, others = {}, []
+    for name, array in state_dict.items():
+        short = _PREFIXES.sub("", name)
+        nested = re.sub(r"^encoder\.(layers\d)\.0\.0\.", r"\1.0.", short)
+        bare = re.sub(r"^(encoder\.(?=patch_embed)|swinViT\.)", "", nested)
+        if re.match(r"patch_embed\.|layers\dc?\.0\.", bare):
+            bare = bare.replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")
+            encoder["swinViT." + bare] = array
+        else:
+            others.append(name)
+    return params_from_state_dict(encoder), tuple(others)
+
+
+def relative_position_index(window: tuple[int, int, int]) -> np.ndarray:
+    """Row of the position table for each (query, key) of a window: mixed-radix number of their difference; int64 (n, n)."""
+    places = np.stack(np.unravel_index(np.arange(np.prod(window)), window))
+    difference = places[:, :, None] - places[:, None, :] + np.reshape(window, (3, 1, 1)) - 1
+    return np.ravel_multi_index(tuple(difference), tuple(2 * size - 1 for size in window))
+
+
+def _leaves(tree, path):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
