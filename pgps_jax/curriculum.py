@@ -30,6 +30,8 @@ from jaxtyping import Int
 from pgps_jax.architecture import PatchLimits, Size
 from pgps_jax.errors import InputError
 
+MOST_STEPS = 10**8  # of a stored schedule; four hundred times nnU-Net's length, and a bound for what a file can make us allocate
+
 Mode = Literal["constant", "efficiency", "performance", "pgps", "pgps-plus", "rpss", "reversed", "random-order"]
 Pacing = Literal["uniform", "volume", "equal-time"]
 BatchPolicy = Literal["planned", "voxel-budget", "chain", "device-memory"]
@@ -340,8 +342,10 @@ def schedule_from_json(values: dict) -> Schedule:
         for i, stage in enumerate(values["stages"]):
             d, h, w = (int(edge) for edge in stage["patch_size"])
             stages.append(Stage(i, (d, h, w), int(stage["batch_size"])))
+            if min(d, h, w, stages[-1].batch_size) < 1:
+                raise ValueError(f"stage {i} has a size below 1")
         stage_of_step, pool = _decode(values["stage_of_step"]), _decode(values["case_pool_of_step"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"schedule.json: not a schedule ({error!r}); start with --fresh") from error
     if not 0 < len(stage_of_step) == len(pool):
         raise InputError(f"schedule.json: {len(stage_of_step)} steps but case pools of {len(pool)}; start with --fresh")
@@ -358,4 +362,7 @@ def _encode(values: np.ndarray) -> str:
 
 def _decode(text: str) -> Int[np.ndarray, " steps"]:
     runs = [word.partition("x") for word in text.split()]
-    return np.repeat(np.array([int(v) for v, _, _ in runs], np.int32), [int(n or 1) for _, _, n in runs])
+    lengths = [int(n or 1) for _, _, n in runs]
+    if sum(lengths) > MOST_STEPS:
+        raise ValueError(f"{sum(lengths)} steps; at most {MOST_STEPS} are believed")
+    return np.repeat(np.array([int(v) for v, _, _ in runs], np.int32), lengths)

@@ -100,7 +100,7 @@ def read_folds(path: Path, case_ids: Sequence[str]) -> list[Fold]:
     """Read and check a splits_final.json; see `read_or_make_folds`. Cases that no fold names are allowed."""
     try:
         folds = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(folds, list) or not folds:
         raise InputError(f'{path}: want a list of folds [{{"train": [...], "val": [...]}}, ...]')

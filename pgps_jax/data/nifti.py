@@ -4,6 +4,7 @@ Arrays have axes (d, h, w), which are the file's (z, y, x): the order of nnU-Net
 affines the file's. Nothing is reoriented on reading; `reorient` does it where asked.
 """
 
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -22,8 +23,10 @@ from pgps_jax.errors import InputError
 Spacing = tuple[float, float, float]
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 SITK_ENDINGS = (".nrrd", ".mha", ".gipl")
+MOST_COMPRESSION = 1032  # of deflate: a file of zeros
 _UNREADABLE = (
-    OSError, EOFError, ValueError, zlib.error, HeaderDataError, ImageDataError, nibabel.filebasedimages.ImageFileError,
+    OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError,
+    zlib.error, HeaderDataError, ImageDataError, nibabel.filebasedimages.ImageFileError,
 )  # fmt: skip
 
 
@@ -148,9 +151,18 @@ def _load_nifti(path: Path) -> Any:
         raise _unreadable(path, error) from None
 
 
+def _check_declared_size(path: Path, image: Any) -> None:
+    """Refuse a header that claims more voxels than its file can hold, before memory is asked for."""
+    claimed = math.prod(int(n) for n in image.shape) * image.header.get_data_dtype().itemsize
+    held = Path(path).stat().st_size * (MOST_COMPRESSION if str(path).endswith(".gz") else 1)
+    if claimed > held:
+        raise InputError(f"{path}: its header claims {claimed} bytes of voxels, more than the file can hold; it is damaged or cut short")
+
+
 def _open_nifti(path: Path) -> tuple[Any, Header]:
     image = _load_nifti(path)
     shape = tuple(image.shape)
+    _check_declared_size(path, image)
     if len(shape) != 3 and (len(shape) < 3 or set(shape[3:]) != {1}):
         raise InputError(
             f"{path}: has {len(shape)} axes {shape} where a 3D volume is expected; store each channel in its own file "

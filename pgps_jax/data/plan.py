@@ -145,7 +145,7 @@ def read_plan(path: Path) -> Plan:
         return Plan.from_json(content)
     except FileNotFoundError:
         raise InputError(f"{path}: this file is missing; plan the dataset first") from None
-    except (OSError, ValueError) as error:  # InputError is a ValueError
+    except (OSError, ValueError, RecursionError) as error:  # InputError is a ValueError
         raise InputError(f"{path}: cannot be used as a plan ({error})") from None
 
 
@@ -202,7 +202,7 @@ def configuration_from_json(name: str, entry: dict, slice_spacing: float = 1.0) 
         schemes = tuple(entry["normalization_schemes"])
         return Configuration(
             name=name,
-            data_identifier=entry["data_identifier"],
+            data_identifier=_folder_name(entry["data_identifier"]),
             batch_size=int(entry["batch_size"]),
             patch_size=_three(patch, 1, int),
             spacing=_three(entry["spacing"], slice_spacing, float),
@@ -216,8 +216,15 @@ def configuration_from_json(name: str, entry: dict, slice_spacing: float = 1.0) 
         )
     except KeyError as key:
         raise InputError(f"plans: configuration {name!r} has no {key}") from None
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, OverflowError, MemoryError) as error:
         raise InputError(f"plans: configuration {name!r} has a value of an unexpected form ({error})") from None
+
+
+def _folder_name(text: object) -> str:
+    """A plain folder name: a plan from a stranger must not lead out of the workspace."""
+    if not isinstance(text, str) or text in ("", ".", "..") or any(sign in text for sign in "/\\:\0"):
+        raise ValueError(f"data_identifier {text!r} is no plain folder name")
+    return text
 
 
 def _three(values: list, lead: float | int, kind: type) -> tuple:

@@ -240,7 +240,7 @@ def _read_ours(path: Path) -> tuple[dict, dict[Label, np.ndarray]]:
         table = np.load(file, mmap_mode=_MMAP) if total else np.zeros((0, 3), np.int32)  # nothing cannot be mapped
         if len(table) != total:
             raise ValueError(f"{len(table)} locations instead of {total}")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, EOFError) as error:
         raise InputError(f"{path} or {file.name} is damaged ({error}); delete it and preprocess again.") from error
     ends = np.cumsum(list(counts.values()), dtype=int)
     return properties, {

@@ -18,22 +18,18 @@ from pgps_jax.models.swin_unetr import SwinBlock, SwinStage, SwinUnetrOptions, T
 TINY = Architecture("swin-unetr", options={"feature_size": 12})
 
 
-def test_output_and_gradients_equal_monais(monai_network):
-    peer = monai_network("monai_swinunetr_v1")
-    errors = peer.errors()
-    assert len(errors) == 5
-    assert errors.pop("output_0").largest <= 2e-5
-    # MONAI's own float32 has an activation of 1e-6 on the other side of zero than its float64, which moves single voxels of
-    # the gradient by 2e-2 of the largest: hence rms
-    assert max(error.rms for error in errors.values()) <= 1e-2, errors
+def test_output_and_gradients_with_v2_blocks_equal_monais(monai_network):
+    """The bottleneck here has two voxels, and norms over so few make much of small differences.
+
+    In float64, changing MONAI's weights by half a rounding of float32 moves its gradients by up to 2e-2 of the largest.
+    """
+    errors = monai_network("monai_swinunetr_v2").errors()
+    assert len(errors) == 6
+    assert errors.pop("output_0_stride2").largest <= 2e-4
+    assert max(error.rms for error in errors.values()) <= 2e-2, errors
 
 
-def test_v2_blocks_equal_monais(monai_network):
-    """The bottleneck has two voxels, whose norms make much of small differences."""
-    assert monai_network("monai_swinunetr_v2").forward_error().largest <= 2e-4
-
-
-def test_bfloat16_stays_near_float32(monai_network):
+def test_bfloat16_with_v1_blocks_stays_near_monais_float32(monai_network):
     assert monai_network("monai_swinunetr_v1", jnp.bfloat16).forward_error().rms <= 2e-2
 
 
