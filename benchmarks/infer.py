@@ -9,6 +9,7 @@ in one process; times are medians. A ratio below 1 means that ours is faster.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -221,7 +222,7 @@ def main() -> None:
     ]
     if arguments.model:
         runs.append(lambda: bench_model(arguments.model, arguments.image, True, repeats))
-    rows = []
+    rows, busy = [], os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     for run in runs:
         rows.append(run())
         row = rows[-1]
@@ -232,6 +233,7 @@ def main() -> None:
         "command": "python -m benchmarks.infer",
         "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
                   f"jax on {jax.default_backend()}, torch on cpu",
+        "load_average_before": busy,  # above the number of cores both sides waited, and the ratio is less certain
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "torch", "nnunetv2", "numpy", "scipy")},
         "rows": rows,
     }
