@@ -1,7 +1,6 @@
 """Partial loading copies what fits, adapts what nearly fits, and accounts for every parameter."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,13 +15,9 @@ UNET = Architecture("plain-unet", (4, 6), (K3, K3), (S1, S2), (1, 1), (1,))
 DEEPER = Architecture("plain-unet", (4, 6, 8), (K3, K3, K3), (S1, S2, S2), (1, 1, 1), (1, 1))
 
 
-def abstract(architecture, channels, classes):
-    return nnx.split(nnx.eval_shape(lambda: build(architecture, channels, classes, rngs=nnx.Rngs(0))), nnx.Param)
-
-
 def params(architecture, channels, classes, seed):
     rng = np.random.default_rng(seed)
-    _, state = abstract(architecture, channels, classes)
+    state = nnx.state(nnx.eval_shape(lambda: build(architecture, channels, classes, rngs=nnx.Rngs(0))), nnx.Param)
     return jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), nnx.to_pure_dict(state))
 
 
@@ -51,19 +46,15 @@ def test_equal_networks_are_copied_whole_whether_positions_are_numbers_or_text()
         assert not report.skipped
 
 
-def test_another_number_of_channels_keeps_the_activations_of_equal_channels():
-    source, target = params(UNET, 2, 2, 0), params(UNET, 3, 2, 1)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_another_number_of_channels_answers_alike_to_an_image_whose_channels_are_alike(channels):
+    source, target = params(UNET, 2, 2, 0), params(UNET, channels, 2, 1)
     loaded, report = load_partially(target, source)
     assert list(report.adapted) == ["encoder.stages.0.0.convs.0.conv.kernel"]
-    assert "2 image channels became 3" in str(report)
-    x = jax.random.normal(jax.random.key(0), (1, 4, 4, 4, 1))
-    outputs = []
-    for tree, channels in ((source, 2), (loaded, 3)):
-        graphdef, state = abstract(UNET, channels, 2)
-        nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, tree))
-        run = jax.jit(nnx.merge(graphdef, state)).lower(jnp.tile(x, channels))
-        outputs.append(run.compile({"xla_backend_optimization_level": 0})(jnp.tile(x, channels))[0])
-    np.testing.assert_allclose(*outputs, rtol=1e-3, atol=1e-4)
+    assert f"2 image channels became {channels}" in str(report)
+    kernel, before = (tree["encoder"]["stages"][0][0]["convs"][0]["conv"]["kernel"] for tree in (loaded, source))
+    np.testing.assert_allclose(kernel.sum(axis=-2), before.sum(axis=-2), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(np.ptp(kernel, axis=-2), 0)
 
 
 def test_classes_are_found_by_name_and_the_others_stay_fresh():
