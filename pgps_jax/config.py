@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -69,7 +70,12 @@ class RunConfig:
     deterministic: bool = False
     """On GPU: only deterministic kernels, so that runs repeat bit for bit (CPU and TPU always do)."""
     threads: int = 2
-    """Threads that read and crop patches."""
+    """Threads that read and crop patches (in each loader process, if there are any)."""
+    loader_processes: int = 0
+    """Processes that read and crop patches; with 0 the threads of this process do it, which needs less memory and is
+    faster unless many cores lie idle. Batches are the same bits in any layout."""
+    cache_gb: float = 0.25
+    """Gigabytes of decompressed cases that are kept in memory while training; small datasets fit as a whole. 0 keeps none."""
     workers: int | None = None
     """Processes for preprocessing and evaluation; one per core when not given."""
     checkpoint_minutes: float = 10.0
@@ -84,9 +90,16 @@ class RunConfig:
         """Folder name of the run."""
         return self.name or f"{self.configuration}_{self.curriculum.mode}"
 
+    def check_loader(self) -> None:
+        """Raise InputError if the flags of reading patches are out of their ranges."""
+        for flag, value, least in (("threads", self.threads, 1), ("loader-processes", self.loader_processes, 0), ("cache-gb", self.cache_gb, 0)):
+            if not (math.isfinite(value) and value >= least):
+                raise InputError(f"--{flag} {value}: must be at least {least}, and finite")
+
 
 # How and where a run is computed: may differ when it is resumed. Everything else must agree.
-FREE_TO_CHANGE = frozenset({"dataset", "workspace", "device", "threads", "workers", "checkpoint_minutes", "mirror_tta", "fresh"})
+FREE_TO_CHANGE = frozenset({"dataset", "workspace", "device", "threads", "loader_processes", "cache_gb", "workers", "checkpoint_minutes",
+                            "mirror_tta", "fresh"})
 
 
 def to_json(config: Any) -> dict:

@@ -220,6 +220,7 @@ def open_experiment(config: RunConfig) -> Experiment:
 
     Everything that can be refused is refused here, before anything is written.
     """
+    config.check_loader()
     preprocessed = preprocessed_folder(config.dataset, config.workspace)
     plans_file = preprocessed / PLANS_FILE[config.planner]
     if not plans_file.exists():

@@ -109,6 +109,13 @@ def test_a_run_killed_without_warning_goes_on_with_the_same_bits(tiny, finished)
     assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "step"] == list(range(STEPS))
 
 
+def test_processes_that_read_patches_do_not_change_a_bit(tiny, finished):
+    raw, workspace = tiny
+    assert main(command(raw, workspace, "processes", "--loader-processes", "2", "--threads", "3", "--cache-gb", "0")) == 0
+    whole, same = (load_params(folder / "checkpoints") for folder in (finished, run_folder(workspace, "processes")))
+    jax.tree.map(np.testing.assert_array_equal, whole, same)
+
+
 def test_training_again_after_the_end_changes_nothing(tiny, finished):
     raw, workspace = tiny
     before = (finished / "metrics.jsonl").read_text()
@@ -165,6 +172,9 @@ def test_a_run_folder_of_another_config_is_refused_naming_the_key(tiny, finished
     (["--epochs", "0"], "epochs"),
     (["--network.base-features", "0"], "base-features"),
     (["--device", "tpu"], "tpu"),
+    (["--threads", "0"], "threads"),
+    (["--loader-processes", "-1"], "loader-processes"),
+    (["--cache-gb", "nan"], "cache-gb"),
 ])
 def test_bad_arguments_are_refused_before_anything_is_written(tiny, capsys, arguments, words):
     raw, workspace = tiny

@@ -208,15 +208,17 @@ def enter_stage(run: Experiment, log: RunLog, programs: StagePrograms, step: int
 
 
 def open_stream(run: Experiment, device: Device, first_step: int, say: Callable[[str], None]) -> PatchStream:
-    """Batches from `first_step` on, read and cropped by threads."""
-    return PatchStream(training_source(run, device), first_step, threads=run.config.threads, say=say)
+    """Batches from `first_step` on, read and cropped by threads or processes."""
+    config = run.config
+    return PatchStream(training_source(run, device), first_step, threads=config.threads, processes=config.loader_processes, say=say)
 
 
 def training_source(run: Experiment, device: Device) -> PatchSource:
     """Every training batch of the run by its step."""
     crops = [crop_size(run.policy, stage.patch_size) for stage in run.schedule.stages]
+    cache_bytes = int(run.config.cache_gb * 1e9) // max(run.config.loader_processes, 1)  # every process has its own
     return PatchSource(run.store, run.train_ids, run.schedule, run.config.sampling, crops, run.configuration.batch_size,
-                       seed=run.config.seed, image_dtype=device.transport, label_dtype=run.label_dtype)
+                       seed=run.config.seed, image_dtype=device.transport, label_dtype=run.label_dtype, cache_bytes=cache_bytes)
 
 
 def save(checkpoints: Checkpoints, log: RunLog, state: TrainState, done: int, best: bool, ema: float) -> None:
