@@ -1,4 +1,6 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and how much of a bad value it shows."""
+
+import reprlib
 
 
 class InputError(ValueError):
@@ -6,3 +8,13 @@ class InputError(ValueError):
 
     The message is one clear sentence or two: what is wrong, where (file, case, key), which rule it breaks, what to do.
     """
+
+
+def brief(value: object) -> str:
+    """`repr` for messages: of long text, lists and nested values only the beginning; always printable."""
+    return _BRIEF.repr(value)
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 300
+_BRIEF.maxlong = 40

@@ -7,9 +7,9 @@ PACKAGE = Path(__file__).parents[1] / "pgps_jax"
 
 # Lowest first. A file may import from the floors below its own, and from its own floor as long as that makes no circle.
 FLOORS: list[set[str]] = [
-    {"__init__", "errors", "architecture", "data.__init__", "train.__init__", "infer.__init__", "evaluate.__init__",
+    {"__init__", "errors", "json_file", "architecture", "data.__init__", "train.__init__", "infer.__init__", "evaluate.__init__",
      "interop.__init__", "report.__init__"},
-    {"data.nifti", "data.resample", "interop.pickles", "interop.nnunet_names", "interop.monai_names", "interop.nnunet_model",
+    {"data.labels", "data.nifti", "data.resample", "interop.pickles", "interop.nnunet_names", "interop.monai_names", "interop.nnunet_model",
      "interop.pretrained", "models.conv", "models.blocks", "models.attention", "train.spatial", "train.intensity", "train.accumulate",
      "report.run_log"},
     {"data.dataset", "data.decathlon", "data.doctor", "data.download", "data.explain", "data.findings", "data.fingerprint", "data.folds",

@@ -5,7 +5,6 @@
     DATASET/labelsTr/CASE.nii.gz
 """
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -15,147 +14,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Integer, Num
 
+from pgps_jax.data.labels import Labels
 from pgps_jax.data.nifti import NIFTI_ENDINGS, SITK_ENDINGS, geometry_difference, read_header, read_volume
-from pgps_jax.errors import InputError
+from pgps_jax.errors import InputError, brief
+from pgps_jax.json_file import read_json
 
-Label = int | tuple[int, ...]  # a tuple is a region: the union of several labels
 Progress = Callable[[int, int], None]  # (done, total)
 
 GEOMETRY_TOLERANCE = 0.5  # voxels by which the label may lie off its image
-
-
-# ------------------------------------------------------------------------------------------------------------- labels
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What the voxels of a label map stand for.
-
-    Inside, labels are always 0, 1, ..., K without gaps, the ignore label last. Files may use any integers: `raw_values`
-    holds what label i is called in the files, and is empty where both agree. `encode` and `decode` translate.
-    """
-
-    names: tuple[str, ...]
-    values: tuple[Label, ...]  # in the order of dataset.json, including background, without the ignore label
-    ignore: int | None = None
-    regions_class_order: tuple[int, ...] | None = None
-    raw_values: tuple[int, ...] = ()
-
-    @property
-    def has_regions(self) -> bool:
-        """Overlapping regions, each with an output of its own, instead of exclusive labels."""
-        return any(isinstance(value, tuple) for value in self.values)
-
-    @property
-    def foreground(self) -> tuple[Label, ...]:
-        """Labels or regions other than background, in the order of dataset.json."""
-        return tuple(value for value in self.values if value != 0)
-
-    @property
-    def all_labels(self) -> tuple[int, ...]:
-        """Every integer that is annotated, sorted, with 0 and without the ignore label."""
-        members = (value if isinstance(value, tuple) else (value,) for value in self.values)
-        return tuple(sorted({label for region in members for label in region}))
-
-    @property
-    def num_outputs(self) -> int:
-        """Output channels of a network: one per label with background, or one per foreground region."""
-        return len(self.foreground) if self.has_regions else len(self.all_labels)
-
-    @property
-    def in_files(self) -> "Labels":
-        """The same labels by the integers that the dataset's files use: for reading and comparing files as they are."""
-        if not self.raw_values:
-            return self
-
-        def raw(value: Label) -> Label:
-            return tuple(raw(v) for v in value) if isinstance(value, tuple) else self.raw_values[value]
-
-        order = None if self.regions_class_order is None else raw(self.regions_class_order)
-        ignore = None if self.ignore is None else raw(self.ignore)
-        return Labels(self.names, tuple(raw(v) for v in self.values), ignore, order)
-
-    def encode(self, array: Num[np.ndarray, "*shape"]) -> Integer[np.ndarray, "*shape"]:
-        """Label map of a file -> int16 labels 0..K. Raises ValueError listing the values that are no labels."""
-        known = np.asarray(self.raw_values or self.all_labels + (() if self.ignore is None else (self.ignore,)))
-        below, above = known.min() - 1, known.max() + 1  # stand for everything outside the known range
-        table = np.full(above - below + 1, -1, np.int16)
-        table[known - below] = np.arange(len(known))
-        whole = np.rint(np.clip(np.nan_to_num(array, nan=below), below, above)).astype(np.int64)
-        encoded = table[whole - below]
-        unknown = (encoded < 0) | (np.abs(whole - array) > 1e-4)  # scaled headers give 0.9999999 for 1
-        if unknown.any():
-            found = np.unique(array[unknown])
-            raise ValueError(", ".join(f"{value:g}" for value in found[:10]) + (", ..." if len(found) > 10 else ""))
-        return encoded
-
-    def decode(self, array: Integer[np.ndarray, "*shape"]) -> Integer[np.ndarray, "*shape"]:
-        """Labels 0..K -> the integers that the dataset's files use."""
-        return np.asarray(self.raw_values)[array] if self.raw_values else array
-
-    @staticmethod
-    def from_json(dataset_json: dict) -> "Labels":
-        """Labels of a dataset.json.
-
-        Raises:
-            InputError: background is not 0, a label is neither an integer nor a list of integers, the ignore label is a
-                region or used otherwise, regions without a fitting `regions_class_order`.
-        """
-        entries = dataset_json.get("labels")
-        if not isinstance(entries, dict) or not entries:
-            raise InputError('dataset.json: "labels" must be an object {name: integer}, with "background": 0')
-        if all(str(name).lstrip("-").isdigit() and isinstance(value, str) for name, value in entries.items()):
-            raise InputError('dataset.json: "labels" is written {"1": "liver"}; nnU-Net wants {"liver": 1}. '
-                             "Is this a Medical Segmentation Decathlon folder? Convert it with `convert-msd`")
-        values = {name: _label_value(name, value) for name, value in entries.items()}
-        if values.get("background") != 0:
-            raise InputError('dataset.json: "labels" must contain "background": 0')
-        ignore = values.pop("ignore", None)
-        if isinstance(ignore, tuple):
-            raise InputError('dataset.json: the label "ignore" must be one integer, not a region')
-        labels = Labels(tuple(values), tuple(values.values()), ignore, None)
-        if ignore in labels.all_labels:
-            raise InputError(f'dataset.json: the value {ignore} of "ignore" is used by another label too')
-        if len(set(labels.values)) != len(labels.values):
-            raise InputError('dataset.json: two names in "labels" have the same value; every label needs its own')
-        return _without_gaps(_with_class_order(labels, dataset_json.get("regions_class_order")))
-
-
-def _label_value(name: str, value: object) -> Label:
-    members = value if isinstance(value, list) else [value]
-    if not members or not all(isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**24 for v in members):
-        raise InputError(f'dataset.json: label "{name}" is {value!r}; want an integer, or a list of them for a region')
-    return tuple(members) if len(members) > 1 else members[0]
-
-
-def _with_class_order(labels: Labels, order: object) -> Labels:
-    if not labels.has_regions:
-        return labels
-    wanted = len(labels.foreground)
-    if not isinstance(order, list) or len(order) != wanted or not set(order) <= set(labels.all_labels):
-        raise InputError(f'dataset.json: with regions, "regions_class_order" must list the label to write for each of '
-                         f"the {wanted} foreground regions, in their order; found {order!r}")
-    return Labels(labels.names, labels.values, labels.ignore, tuple(order))
-
-
-def _without_gaps(labels: Labels) -> Labels:
-    """Number the labels 0..K, the ignore label last, and remember what the files call them."""
-    raw = labels.all_labels if 0 in labels.all_labels[:1] else (0, *(v for v in labels.all_labels if v != 0))
-    raw += () if labels.ignore is None else (labels.ignore,)
-    if raw == tuple(range(len(raw))):
-        return labels
-
-    def inner(value: Label) -> Label:
-        return tuple(inner(v) for v in value) if isinstance(value, tuple) else raw.index(value)
-
-    order = None if labels.regions_class_order is None else inner(labels.regions_class_order)
-    ignore = None if labels.ignore is None else len(raw) - 1
-    return Labels(labels.names, tuple(inner(v) for v in labels.values), ignore, order, raw)
-
-
-# ------------------------------------------------------------------------------------------------------------ dataset
+MOST_CHANNELS = 10_000  # four digits in a file name
+LONGEST_ID = 200  # bytes; file systems allow names of 255, and the id gets a channel number and an ending
 
 
 @dataclass(frozen=True)
@@ -214,23 +83,30 @@ def read_dataset_json(folder: Path) -> dict:
     """dataset.json of a folder as it is; InputError if there is none or it is not a JSON object."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a dataset is a folder with dataset.json, imagesTr and labelsTr")
-    path = folder / "dataset.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: this file is missing; it names the channels and labels of the dataset") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return content
+    return read_json(folder / "dataset.json", cure="it names the channels and labels of the dataset")
+
+
+def check_case_id(case_id: str, where: object) -> None:
+    """Refuse an id that cannot be a file name on every machine, or cannot be printed.
+
+    Names of files that are no Unicode reach Python as lone surrogates; line breaks and the like would garble every report.
+
+    Raises:
+        InputError: naming `where` the id was found.
+    """
+    if not re.fullmatch(r"[^/\\.][^/\\]*", case_id) or not case_id.isprintable() or len(case_id.encode()) > LONGEST_ID:
+        raise InputError(f"{where}: the case name {brief(case_id)} cannot be a file name; want printable characters without / and \\, "
+                         f"no dot in front, at most {LONGEST_ID} bytes. Rename it")
 
 
 def _channel_names(folder: Path, content: dict) -> tuple[str, ...]:
     names = content.get("channel_names", content.get("modality"))  # `modality` is what nnU-Net 1 called it
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))} or not names:
         raise InputError(f'{folder / "dataset.json"}: "channel_names" must be an object {{"0": "CT", "1": ...}} '
-                         f"numbered from 0 without gaps; found {names!r}")
+                         f"numbered from 0 without gaps; found {brief(names)}")
+    if len(names) > MOST_CHANNELS or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f'{folder / "dataset.json"}: "channel_names" must name at most {MOST_CHANNELS} channels by text; '
+                         f"found {len(names)}: {brief(names)}")
     return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
@@ -246,6 +122,7 @@ def _scanned_cases(folder: Path, content: dict, channels: tuple[str, ...]) -> tu
         match = re.fullmatch(r"(.+)_(\d{4})", path.name.removesuffix(ending))
         if not match:
             raise InputError(f"{path}: an image must be named CASE_0000{ending}, four digits being the channel")
+        check_case_id(match[1], images)
         found.setdefault(match[1], {})[int(match[2])] = path
     have_label = {path.name for path in labels.iterdir()}
     cases = []
@@ -264,23 +141,19 @@ def _scanned_cases(folder: Path, content: dict, channels: tuple[str, ...]) -> tu
 
 
 def _explicit_cases(folder: Path, content: dict, channels: tuple[str, ...]) -> tuple[Case, ...]:
-    """Cases of the `dataset` key; paths relative to the folder, $VARIABLES and ~ expanded, anywhere on this machine."""
+    """Cases of the `dataset` key; paths relative to the folder, or absolute, with $VARIABLES and ~ expanded."""
     entries = content["dataset"]
     if not isinstance(entries, dict):
         raise InputError(f'{folder / "dataset.json"}: "dataset" must be {{case: {{"images": [...], "label": ...}}}}')
 
     def located(case_id: str, text: object) -> Path:
         if not isinstance(text, str) or not text.endswith(content["file_ending"]):
-            raise InputError(f"case {case_id} in dataset.json: {text!r} is no path of a {content['file_ending']} file")
-        path = Path(os.path.normpath(folder / os.path.expanduser(os.path.expandvars(text))))
-        if not path.is_file():
-            raise InputError(f"case {case_id} in dataset.json: the file {path} is missing")
-        return path
+            raise InputError(f"case {case_id} in dataset.json: {brief(text)} is no path of a {content['file_ending']} file")
+        return file_within(folder, os.path.expanduser(os.path.expandvars(text)), f"case {case_id} in dataset.json")
 
     cases = []
     for case_id, entry in sorted(entries.items()):
-        if not re.fullmatch(r"[^/\\\0.][^/\\\0]*", case_id):
-            raise InputError(f"{folder / 'dataset.json'}: the case name {case_id!r} cannot be a file name")
+        check_case_id(case_id, folder / "dataset.json")
         if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or "label" not in entry:
             raise InputError(f'case {case_id} in dataset.json: want {{"images": [path per channel], "label": path}}')
         if len(entry["images"]) != len(channels):
@@ -289,6 +162,29 @@ def _explicit_cases(folder: Path, content: dict, channels: tuple[str, ...]) -> t
         images = tuple(located(case_id, image) for image in entry["images"])
         cases.append(Case(case_id, images, located(case_id, entry["label"])))
     return tuple(cases)
+
+
+def file_within(folder: Path, text: str, where: str) -> Path:
+    """The existing file that a dataset.json names by `text`, relative to the dataset's folder or absolute.
+
+    A file from a stranger must not decide what else on this machine is read: paths may not lead out of the folder. A link
+    inside it may, because only its owner can have made one.
+
+    Raises:
+        InputError: the path leads out of the folder, is not possible on this machine, or there is no such file.
+    """
+    path = Path(os.path.normpath(folder / text))
+    try:
+        within = path.is_relative_to(folder) or path.resolve().is_relative_to(folder)
+        found = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long for the file system, links in a circle
+        within, found = path.is_relative_to(folder), False
+    if not within:
+        raise InputError(f"{where}: the path {brief(text)} leads out of the dataset's folder; link the folder with your images into it "
+                         f"(`ln -s {path.parent} {folder / 'elsewhere'}`) and write elsewhere/{path.name}")
+    if not found:
+        raise InputError(f"{where}: the file {brief(text)} is missing from {folder}")
+    return path
 
 
 # ------------------------------------------------------------------------------------------------------- read and check

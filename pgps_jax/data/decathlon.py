@@ -10,9 +10,10 @@ import re
 import shutil
 from pathlib import Path
 
-from pgps_jax.data.dataset import Case, Labels, Progress, map_cases, read_dataset_json
+from pgps_jax.data.dataset import Case, Progress, check_case_id, file_within, map_cases, read_dataset_json
+from pgps_jax.data.labels import Labels
 from pgps_jax.data.nifti import file_shape, read_channels, write_volume
-from pgps_jax.errors import InputError
+from pgps_jax.errors import InputError, brief
 
 ENDING = ".nii.gz"
 
@@ -75,9 +76,9 @@ def _converted_json(source: Path, content: dict) -> tuple[dict, int]:
     where = source / "dataset.json"
     modality, labels = content.get("modality"), content.get("labels")
     if not isinstance(modality, dict) or set(modality) != {str(i) for i in range(len(modality))} or not modality:
-        raise InputError(f'{where}: "modality" must be {{"0": "MRI", ...}}; found {modality!r}')
-    if not isinstance(labels, dict) or not all(str(value).isdigit() and isinstance(n, str) for value, n in labels.items()):
-        raise InputError(f'{where}: "labels" must be {{"0": "background", "1": name, ...}}; found {labels!r}')
+        raise InputError(f'{where}: "modality" must be {{"0": "MRI", ...}}; found {brief(modality)}')
+    if not isinstance(labels, dict) or not all(re.fullmatch("[0-9]{1,9}", value) and isinstance(n, str) for value, n in labels.items()):
+        raise InputError(f'{where}: "labels" must be {{"0": "background", "1": name, ...}}; found {brief(labels)}')
     names = {("background" if int(value) == 0 else name): int(value) for value, name in labels.items()}
     if len(names) != len(labels):
         raise InputError(f'{where}: two entries of "labels" have the same name; every label needs its own')
@@ -93,23 +94,22 @@ def _cases(source: Path, content: dict, labelled: bool) -> tuple[Case, ...]:
         raise InputError(f'{source / "dataset.json"}: "training" must list the cases, [{{"image": path, "label": path}}, ...]')
 
     def located(text: object) -> Path:
-        path = source / text if isinstance(text, str) else None
-        if path is None or not path.name.endswith(ENDING):
-            raise InputError(f"{source / 'dataset.json'}: {text!r} is no path of a {ENDING} file")
-        if not path.is_file():
-            raise InputError(f"{path}: this file is missing, dataset.json names it")
-        return path
+        if not isinstance(text, str) or not text.endswith(ENDING):
+            raise InputError(f"{source / 'dataset.json'}: {brief(text)} is no path of a {ENDING} file")
+        return file_within(source.resolve(), text, f"{source / 'dataset.json'}")
 
     cases = {}
     for entry in entries:
         if labelled and not (isinstance(entry, dict) and {"image", "label"} <= set(entry)):
-            raise InputError(f'{source / "dataset.json"}: a case in "training" is {entry!r}; want {{"image": path, "label": path}}')
+            raise InputError(f'{source / "dataset.json"}: a case in "training" is {brief(entry)}; want {{"image": path, "label": path}}')
         image = located(entry["image"] if isinstance(entry, dict) else entry)
         case_id = image.name.removesuffix(ENDING)
+        if case_id.startswith((".", "_")):  # what macOS leaves behind
+            continue
+        check_case_id(case_id, source / "dataset.json")
         if case_id in cases:
             raise InputError(f"{source / 'dataset.json'}: the case {case_id} is listed twice")
-        if not case_id.startswith((".", "_")):  # what macOS leaves behind
-            cases[case_id] = Case(case_id, (image,), located(entry["label"]) if labelled else None)
+        cases[case_id] = Case(case_id, (image,), located(entry["label"]) if labelled else None)
     return tuple(cases.values())
 
 

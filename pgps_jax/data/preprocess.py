@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 
-from pgps_jax.data.dataset import Case, Dataset, Label, Labels, RawCase, default_workers, read_case
+from pgps_jax.data.dataset import Case, Dataset, RawCase, default_workers, read_case
+from pgps_jax.data.labels import Label, Labels
 from pgps_jax.data.nifti import read_header
 from pgps_jax.data.plan import Configuration, Plan
 from pgps_jax.data.resample import (

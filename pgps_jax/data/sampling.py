@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from pgps_jax.architecture import Size
-from pgps_jax.data.store import Label, StoredCase
+from pgps_jax.data.labels import Label
+from pgps_jax.data.store import StoredCase
 from pgps_jax.errors import InputError
 
 

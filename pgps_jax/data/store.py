@@ -24,7 +24,7 @@ import blosc2
 import numpy as np
 
 from pgps_jax.architecture import Size
-from pgps_jax.data.dataset import Label
+from pgps_jax.data.labels import Label
 from pgps_jax.errors import InputError
 from pgps_jax.interop.pickles import read_properties
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Integer
 
-from pgps_jax.data.dataset import Label
+from pgps_jax.data.labels import Label
 
 Metrics = dict[str, float | int]
 

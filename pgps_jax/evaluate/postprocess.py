@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Integer
 from scipy import ndimage
 
-from pgps_jax.data.dataset import Label, Labels, default_workers
+from pgps_jax.data.dataset import default_workers
+from pgps_jax.data.labels import Label, Labels
 from pgps_jax.data.nifti import read_volume, write_volume
 from pgps_jax.errors import InputError
 from pgps_jax.evaluate.metrics import Metrics, overlap_metrics

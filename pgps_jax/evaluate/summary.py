@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pgps_jax.data.dataset import Label, Labels, default_workers
+from pgps_jax.data.dataset import default_workers
+from pgps_jax.data.labels import Label, Labels
 from pgps_jax.data.nifti import NIFTI_ENDINGS, SITK_ENDINGS, read_volume
 from pgps_jax.errors import InputError
 from pgps_jax.evaluate.metrics import Metrics, overlap_metrics

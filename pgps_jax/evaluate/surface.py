@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Integer
 from scipy import ndimage
 
-from pgps_jax.data.dataset import Label
+from pgps_jax.data.labels import Label
 from pgps_jax.data.resample import Spacing
 from pgps_jax.errors import InputError
 from pgps_jax.evaluate.metrics import Metrics

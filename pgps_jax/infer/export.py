@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from pgps_jax.architecture import Size
-from pgps_jax.data.dataset import Labels
+from pgps_jax.data.labels import Labels
 from pgps_jax.data.plan import Configuration, Plan
 from pgps_jax.data.preprocess import target_spacing
 from pgps_jax.data.resample import Spacing, coarse_axis

@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pgps_jax.data.dataset import Label
 from pgps_jax.data.doctor import CaseFacts, Examination
 from pgps_jax.data.findings import Finding
+from pgps_jax.data.labels import Label
 from pgps_jax.data.nifti import axis_codes, read_volume
 from pgps_jax.errors import InputError
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pgps_jax.data.dataset import Labels
+from pgps_jax.data.labels import Labels
 
 SMOOTH = 1e-5  # added to numerator and denominator of the soft Dice
 SPACE = (1, 2, 3)

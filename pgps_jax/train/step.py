@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from pgps_jax.architecture import Size
-from pgps_jax.data.dataset import Labels
+from pgps_jax.data.labels import Labels
 from pgps_jax.data.pipeline import PatchBatch
 from pgps_jax.train.augment import AugmentPolicy, augment
 from pgps_jax.train.losses import hard_counts, segmentation_loss

@@ -1,6 +1,7 @@
 """A raw dataset is understood as nnU-Net understands it, and each fault is named in one sentence."""
 
 import json
+import os
 from pathlib import Path
 
 import nibabel
@@ -51,16 +52,28 @@ def test_modality_is_the_older_word_for_channel_names(tmp_path):
     assert open_dataset(folder).channel_names == ("CT", "PET")
 
 
-def test_explicit_paths_may_lie_anywhere(tmp_path, monkeypatch):
-    elsewhere = write_dataset(tmp_path / "elsewhere", cases=("p",))
-    monkeypatch.setenv("MY_SCANS", str(elsewhere))
-    entry = {"images": ["$MY_SCANS/imagesTr/p_0000.nii.gz", "../elsewhere/imagesTr/p_0001.nii.gz"],
-             "label": str(elsewhere / "labelsTr/p.nii.gz")}
-    folder = write_dataset(tmp_path / "X", cases=(), dataset={"case 1": entry}, numTraining=1)
+def test_explicit_paths_may_lie_anywhere_in_the_folder_and_behind_its_links(tmp_path, monkeypatch):
+    elsewhere, folder = write_dataset(tmp_path / "elsewhere", cases=("p",)), tmp_path / "X"
+    monkeypatch.setenv("MY_SCANS", str(folder / "scans"))
+    entry = {"images": ["$MY_SCANS/imagesTr/p_0000.nii.gz", "imagesTr/../scans/imagesTr/p_0001.nii.gz"],
+             "label": str(folder / "scans/labelsTr/p.nii.gz")}
+    write_dataset(folder, cases=(), dataset={"case 1": entry}, numTraining=1)
+    (folder / "scans").symlink_to(elsewhere)
     dataset = open_dataset(folder)
     assert dataset.cases[0].id == "case 1"
-    assert dataset.cases[0].images == tuple(elsewhere / f"imagesTr/p_000{i}.nii.gz" for i in range(2))
+    assert dataset.cases[0].images == tuple(folder / f"scans/imagesTr/p_000{i}.nii.gz" for i in range(2))
     check_dataset(dataset)
+
+
+@pytest.mark.parametrize(
+    "path", ["../elsewhere/imagesTr/p_0000.nii.gz", "{tmp}/elsewhere/imagesTr/p_0000.nii.gz", "$MY_SCANS/p_0000.nii.gz"])
+def test_an_explicit_path_that_leads_out_of_the_folder_is_refused_with_the_cure(tmp_path, monkeypatch, path):
+    elsewhere = write_dataset(tmp_path / "elsewhere", cases=("p",), channels=("CT",))
+    monkeypatch.setenv("MY_SCANS", str(elsewhere / "imagesTr"))
+    entry = {"images": [path.format(tmp=tmp_path)], "label": "labelsTr/p.nii.gz"}
+    folder = write_dataset(tmp_path / "X", cases=(), channels=("CT",), dataset={"p": entry}, numTraining=1)
+    with pytest.raises(InputError, match=r"case p in dataset.json.*leads out of.*ln -s"):
+        open_dataset(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- faults
@@ -107,6 +120,13 @@ OPENING = {  # fault -> words that the message must hold
     "decathlon": (change(file_ending=None, training=[]), ["Decathlon", "convert-msd"]),
     "odd case name": (change(dataset={"../b": {"images": [], "label": ""}}), ["'../b'", "file name"]),
     "explicit path": (change(dataset={"b": {"images": ["x.nii.gz", "y.nii.gz"], "label": "z.nii.gz"}}), ["case b", "x.nii.gz", "missing"]),
+    "endless path": (change(dataset={"b": {"images": ["x" * 5000 + ".nii.gz"] * 2, "label": "z.nii.gz"}}), ["case b", "xxx", "missing"]),
+    "no Unicode": (change(dataset={"b\ud800": {"images": [], "label": ""}}), ["dataset.json", "surrogates"]),
+    "no line": (change(dataset={"b\nc": {"images": [], "label": ""}}), ["'b\\nc'", "file name"]),
+    "endless name": (change(dataset={"b" * 400: {"images": [], "label": ""}}), ["bbb", "200 bytes"]),
+    "order of lists": (change(labels=REGIONS, regions_class_order=[[1], [2], [3]]), ["regions_class_order", "[[1], [2], [3]]"]),
+    "too many labels": (change(labels={"background": 0} | {f"l{i}": i for i in range(1, 40000)}), ["40000", "32766"]),
+    "channel of a list": (change(channel_names={"0": "T1", "1": ["T2"]}), ["channel_names", "text"]),
     "explicit channels": (change(dataset={"b": {"images": ["x.nii.gz"], "label": "z.nii.gz"}}), ["case b", "1 images", "T1, T2"]),
 }
 CHECKING = {
@@ -121,6 +141,17 @@ CHECKING = {
     "unreadable": (lambda f: (f / "imagesTr/b_0000.nii.gz").write_text("?"), ["b_0000.nii.gz", "cannot be read"]),
     "four axes": (four_axes, ["b_0000.nii.gz", "4 axes"]),
 }  # fmt: skip
+
+
+def test_a_file_whose_name_is_no_unicode_is_refused(tmp_path):
+    folder = write_dataset(tmp_path / "X")
+    try:
+        os.rename(folder / "imagesTr/a_0000.nii.gz", os.fsencode(folder) + b"/imagesTr/\xff_0000.nii.gz")
+    except OSError:
+        pytest.skip("this file system refuses such names, so there is nothing to guard against")
+    with pytest.raises(InputError, match="cannot be a file name") as error:
+        open_dataset(folder)
+    str(error.value).encode()
 
 
 @pytest.mark.parametrize("fault", OPENING)

@@ -90,7 +90,7 @@ def test_opening_a_decathlon_folder_says_what_to_do(tmp_path):
         ({"labels": {"1": "a"}}, "background"),
         ({"training": []}, '"training"'),
         ({"training": ["./imagesTr/a.nii.gz"]}, '"training"'),
-        ({"training": [{"image": "imagesTr/z.nii.gz", "label": "labelsTr/a.nii.gz"}]}, r"z\.nii\.gz: this file is missing"),
+        ({"training": [{"image": "imagesTr/z.nii.gz", "label": "labelsTr/a.nii.gz"}]}, r"z\.nii\.gz' is missing"),
         ({"training": [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}] * 2}, "a is listed twice"),
     ],
 )
