@@ -14,6 +14,8 @@ import tyro
 from pgps_jax.curriculum import CurriculumConfig
 from pgps_jax.data.sampling import SamplingConfig
 from pgps_jax.errors import InputError
+from pgps_jax.models.swin_unetr import SwinUnetrOptions
+from pgps_jax.models.unetr import UnetrOptions
 from pgps_jax.train.augment import AugmentConfig
 from pgps_jax.train.optim import OptimConfig
 
@@ -24,12 +26,19 @@ Planner = Literal["nnunet", "resenc-m", "resenc-l", "resenc-xl"]
 class NetworkConfig:
     """Changes to the planned network."""
 
+    backbone: Literal["plain-unet", "resenc-unet", "unetr", "swin-unetr"] | None = None
+    """nnU-Net's U-Nets, or UNETR and SwinUNETR as in MONAI, which take patches of multiples of 16 and 32 voxels. As planned when
+    not given."""
     base_features: int | None = None
     """Channels of the first stage; later stages double it up to max_features. As planned when not given."""
     max_features: int | None = None
     """Upper limit of channels per stage. As planned when not given."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the computation; parameters, norms and loss stay float32. auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    remat: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    unetr: UnetrOptions = field(default_factory=UnetrOptions)
+    swin_unetr: SwinUnetrOptions = field(default_factory=SwinUnetrOptions)
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,8 @@ class RunConfig:
 
     def check_loader(self) -> None:
         """Raise InputError if the flags of reading patches are out of their ranges."""
-        for flag, value, least in (("threads", self.threads, 1), ("loader-processes", self.loader_processes, 0), ("cache-gb", self.cache_gb, 0)):
+        least_of = {"threads": (self.threads, 1), "loader-processes": (self.loader_processes, 0), "cache-gb": (self.cache_gb, 0)}
+        for flag, (value, least) in least_of.items():
             if not (math.isfinite(value) and value >= least):
                 raise InputError(f"--{flag} {value}: must be at least {least}, and finite")
 
@@ -160,8 +170,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def check_same(config: RunConfig, stored: dict, where: Path) -> None:
-    """Refuse to go on with a run whose config differs in anything that changes its numbers."""
-    asked = to_json(config)
+    """Refuse to go on with a run whose config differs in anything that changes its numbers; keys that it lacks have their default."""
+    asked, stored = to_json(config), to_json(from_json(RunConfig, stored, f"{where / 'config.json'}"))
     different = []
 
     def compare(a: Any, b: Any, key: str) -> None:

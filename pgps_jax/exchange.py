@@ -42,7 +42,8 @@ def export_nnunet(run: Path, output: Path, checkpoint: str = "last") -> None:
     inference = read_json(folders[0] / "inference.json")
     write_nnunet_model(
         output, read_plan(folders[0] / "plan.json").to_json(), read_json(folders[0] / "dataset.json"), inference["configuration"],
-        {_fold_of(folder): load_params(folder / "checkpoints", checkpoint) for folder in folders}, inference["mirror_axes"],
+        {_fold_of(folder): load_params(folder / "checkpoints", checkpoint) for folder in folders},
+        [axis for axis in inference["mirror_axes"] if axis != inference.get("swap_axis")],  # nnU-Net cannot exchange labels
     )
 
 

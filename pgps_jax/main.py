@@ -109,6 +109,8 @@ def run_training(config: RunConfig) -> dict:
         experiment = sized(experiment, say)
     workspace.write_run_folder(experiment, environment())
     rows = stage_rows(experiment.schedule, experiment.configuration.patch_size, experiment.configuration.batch_size)
+    if note := workspace.note_on_sides(experiment):
+        say(note)
     console.print(schedule_table(rows, f"{config.curriculum.mode}, {experiment.num_steps} steps"))
     train(experiment)
     with CaseProgress("validation") as progress:

@@ -72,6 +72,7 @@ def load_predictor(run: Path, checkpoint: str = "last", mirror: bool = True, ste
         plan, configuration, Labels.from_json(dataset_json), [channels[k] for k in sorted(channels, key=int)],
         [load_params(fold / "checkpoints", checkpoint) for fold in folds],
         file_ending=dataset_json["file_ending"], mirror=mirror, mirror_axes=inference["mirror_axes"], step=step,
+        swap_axis=inference.get("swap_axis"), swap_pairs=[tuple(pair) for pair in inference.get("swap_pairs", ())],
         orientation=inference.get("orientation"),  # imported models do not know theirs: images are taken as they are
     )
 

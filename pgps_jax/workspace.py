@@ -19,7 +19,7 @@ from pgps_jax.data.download import TASKS
 from pgps_jax.data.explain import explain
 from pgps_jax.data.fingerprint import Fingerprint, extract_fingerprint
 from pgps_jax.data.folds import cases_of_fold, leaks, read_or_make_folds
-from pgps_jax.data.label_pairs import left_right_axis
+from pgps_jax.data.label_pairs import left_right_axis, name_pairs
 from pgps_jax.data.nifti import axis_codes
 from pgps_jax.data.plan import Configuration, Plan, read_plan, write_plan
 from pgps_jax.data.planner import Overrides, make_plan
@@ -271,11 +271,10 @@ def store_schedule(run: Experiment) -> None:
 
 
 def augment_policy(config: RunConfig, plan: Plan, configuration: Configuration, labels: Labels, store: CaseStore) -> AugmentPolicy:
-    """What is fixed about augmentation; the left-right axis is looked up in the first case where labels are to be swapped."""
+    """What is fixed about augmentation; the left-right axis is looked up in the cases where labels are to be swapped."""
     axis = None
-    if config.augment.mirror == "label-swap":
-        properties = store.open(store.ids[0]).properties
-        axis = left_right_axis(np.asarray(properties["nibabel_stuff"]["original_affine"], np.float64), plan.transpose_forward)
+    if config.augment.mirror == "label-swap" and config.augment.left_right_axis is None:
+        axis = common_left_right_axis(store, store.ids, plan)
     masked = [channel for channel, mask in enumerate(configuration.use_mask_for_norm) if mask]
     return make_policy(config.augment, configuration.patch_size, masked_channels=masked, labels=labels, left_right_axis=axis)
 
@@ -286,6 +285,7 @@ def write_run_folder(experiment: Experiment, environment: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "environment.json", environment)
     if (folder / "config.json").exists():
+        "swap_axis": experiment.policy.swap_axis, "swap_pairs": [list(pair) for pair in experiment.policy.swap_pairs],
         return
     write_plan(experiment.plan, folder / "plan.json")
     write_json(folder / "dataset.json", experiment.dataset_json)
@@ -297,12 +297,39 @@ def write_run_folder(experiment: Experiment, environment: dict) -> None:
 
 
 def training_orientation(store: CaseStore, ids: Sequence[str]) -> str | None:
-    """Axis codes, such as "LPS", of most of the images (of a sample of them, if they are many); None if no axes can be told."""
-    codes = Counter()
+def common_left_right_axis(store: CaseStore, ids: Sequence[str], plan: Plan) -> int:
+    """Array axis from left to right, after the plan's transpose; InputError naming two cases in which it is not the same."""
+    axis_of = {case_id: left_right_axis(affine, plan.transpose_forward) for case_id, affine in sampled_affines(store, ids).items()}
+    first, *others = axis_of
+    for other in others:
+        if axis_of[other] != axis_of[first]:
+            raise InputError(f"augment.mirror label-swap: left and right lie along axis {axis_of[first]} in case {first}, along axis "
+                             f"{axis_of[other]} in case {other}; bring all images to one orientation, or mirror axes or none")
+    return axis_of[first]
+
+
+def sampled_affines(store: CaseStore, ids: Sequence[str]) -> dict[str, np.ndarray]:
+    """Affines of the images as they were preprocessed, of a sample of the cases if they are many."""
+    found = {}
     for case_id in ids[:: -(-len(ids) // ORIENTATION_SAMPLE)]:
         stuff = store.open(case_id).properties["nibabel_stuff"]
-        affine = stuff.get("reoriented_affine", stuff["original_affine"])  # nnU-Net's reader that turns images stores both
-        codes[axis_codes(np.asarray(affine, np.float64))] += 1
+        # nnU-Net's reader that turns images stores both
+        found[case_id] = np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]), np.float64)
+    return found
+
+
+def note_on_sides(run: Experiment) -> str | None:
+    """A sentence for a dataset with left and right labels that are mirrored as if they were none."""
+    pairs = name_pairs(run.labels.names)
+    if not pairs or run.config.augment.mirror != "axes" or not run.policy.mirror_axes:
+        return None
+    others = "and others " if len(pairs) > 1 else ""
+    return (f"note: {' and '.join(pairs[0])} {others}look like left and right; mirroring along all axes makes them hard to tell "
+            "apart, --augment.mirror label-swap exchanges them, none leaves mirroring out")
+
+
+    """Axis codes, such as "LPS", of most of the images (of a sample of them, if they are many); None if no axes can be told."""
+    codes = Counter(axis_codes(affine) for affine in sampled_affines(store, ids).values())
     usual = codes.most_common(1)[0][0]
     return None if "?" in usual else usual
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Float, Integer, PyTree
 
 from pgps_jax.data.dataset import GEOMETRY_TOLERANCE, Case, Labels, RawCase, read_case
+from pgps_jax.data.label_pairs import swapped_outputs
 from pgps_jax.data.nifti import Volume, axis_codes, geometry_difference, read_header, reorient, write_volume
 from pgps_jax.data.plan import Configuration, Plan
 from pgps_jax.data.preprocess import preprocess_case
@@ -108,6 +109,8 @@ def make_predictor(
     orientation: str | None = None,
     mirror: bool = True,
     mirror_axes: Sequence[int] | None = None,
+    swap_axis: int | None = None,
+    swap_pairs: Sequence[tuple[int, int]] = (),
     step: float = 0.5,
     tile_batch: int | None = None,
     skip_outside: bool = False,
@@ -121,6 +124,8 @@ def make_predictor(
             takes images as they are, as nnU-Net does.
         mirror: average over mirrored copies of each tile.
         mirror_axes: axes to mirror; by default all along which the patch has more than one voxel.
+        swap_axis, swap_pairs: the axis from left to right and the pairs of labels whose logits are exchanged in copies
+            mirrored along it, for networks that were trained so (augment.mirror label-swap).
         step: distance of neighbouring tiles in patch lengths.
         skip_outside: leave out tiles in which all channels are constant; what no other tile covers is background.
         dtype: of the computation; by default bfloat16 on accelerators and float32 on CPU.
@@ -134,6 +139,7 @@ def make_predictor(
         configuration.patch_size,
         labels.num_outputs,
         mirror_axes if mirror else (),
+        swap=(swap_axis, swapped_outputs(labels, swap_pairs)) if swap_axis is not None else None,
         step=step,
         tile_batch=tile_batch,
         outside=background_logits(labels) if skip_outside else None,

@@ -73,6 +73,7 @@ class SlidingWindow:
         num_outputs: int,
         mirror_axes: Sequence[int] = (),
         *,
+        swap: tuple[int, Sequence[int]] | None = None,
         tile_batch: int | None = None,
         step: float = 0.5,
         outside: Sequence[float] | None = None,
@@ -86,6 +87,8 @@ class SlidingWindow:
             patch_size: tile shape (d,h,w).
             num_outputs: k.
             mirror_axes: spatial axes (0, 1, 2) over whose subsets the logits are averaged; empty for none.
+            swap: (axis, order): logits of a tile mirrored along this axis are put into this order of outputs before they
+                are added, so that left stays left (`data.label_pairs.swapped_outputs`).
             tile_batch: tiles per program call; by default 1 on CPU, on accelerators about two million voxels.
             step: distance of neighbouring tiles in patch lengths, in (0, 1].
             outside: logits (k values) of background. If given, tiles whose channels are all constant (outside the
@@ -98,6 +101,8 @@ class SlidingWindow:
             raise InputError(f"tile step: {step} given, must be above 0 and at most 1 (in patch lengths)")
         if any(axis not in (0, 1, 2) for axis in mirror_axes):
             raise InputError(f"mirror axes: {tuple(mirror_axes)} given, only 0, 1 and 2 exist")
+        if swap is not None and (swap[0] not in (0, 1, 2) or sorted(swap[1]) != list(range(num_outputs))):
+            raise InputError(f"mirror label-swap: axis {swap[0]} and order {tuple(swap[1])} given for {num_outputs} outputs")
         if outside is not None and len(outside) != num_outputs:
             raise ValueError(f"outside: {len(outside)} logits given for {num_outputs} outputs")
         self.patch_size = patch_size
@@ -110,7 +115,7 @@ class SlidingWindow:
         self._weight = gaussian_map(patch_size)
         self._flips = [s for n in range(len(self.mirror_axes) + 1) for s in itertools.combinations(self.mirror_axes, n)]
         self._add_pass = jax.jit(
-            partial(_add_pass, network_fn, self._flips), donate_argnums=2, compiler_options=compiler_options)
+            partial(_add_pass, network_fn, self._flips, swap), donate_argnums=2, compiler_options=compiler_options)
         self._finish = jax.jit(_finish)
 
     def __call__(
@@ -201,14 +206,21 @@ def default_tile_batch(patch_size: Size) -> int:
     return int(np.clip(2**21 // math.prod(patch_size), 1, 8))
 
 
-def _add_pass(network_fn: NetworkFunction, flips: list[tuple[int, ...]], params: PyTree, tiles: Array, total: Array,
-              flip: Array) -> Array:
+def _add_pass(network_fn: NetworkFunction, flips: list[tuple[int, ...]], swap: tuple[int, Sequence[int]] | None, params: PyTree,
+              tiles: Array, total: Array, flip: Array) -> Array:
     """Add the logits of one mirrored pass, mirrored back. `flip` chooses the subset of axes while running."""
-    mirrors = [partial(jnp.flip, axis=[axis + 1 for axis in axes]) if axes else (lambda x: x) for axes in flips]
-    if len(mirrors) == 1:
+    if len(flips) == 1:
         return total + network_fn(params, tiles).astype(jnp.float32)
-    logits = network_fn(params, jax.lax.switch(flip, mirrors, tiles))
-    return total + jax.lax.switch(flip, mirrors, logits.astype(jnp.float32))
+
+    def mirrored(axes: tuple[int, ...], x: Array) -> Array:
+        return jnp.flip(x, [axis + 1 for axis in axes]) if axes else x
+
+    def mirrored_back(axes: tuple[int, ...], logits: Array) -> Array:
+        logits = mirrored(axes, logits)
+        return logits[..., np.array(swap[1])] if swap and swap[0] in axes else logits
+
+    logits = network_fn(params, jax.lax.switch(flip, [partial(mirrored, axes) for axes in flips], tiles))
+    return total + jax.lax.switch(flip, [partial(mirrored_back, axes) for axes in flips], logits.astype(jnp.float32))
 
 
 def _finish(total: Array, weight: Array) -> Array:

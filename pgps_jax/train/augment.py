@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pgps_jax.architecture import Size
 from pgps_jax.data.dataset import Labels
-from pgps_jax.data.label_pairs import label_pairs
+from pgps_jax.data.label_pairs import inner_pairs, label_pairs, swapped_outputs
 from pgps_jax.errors import InputError
 from pgps_jax.train import intensity, spatial
 
@@ -44,10 +44,10 @@ class AugmentConfig:
     """default: nnU-Net's whole set. light: without rotation, scaling, blur and low resolution, so that no larger crop
     is read. none: patches as they are."""
     mirror: Literal["axes", "label-swap", "none"] = "axes"
-    """axes: flip every axis at random. label-swap: the same, but a left-right flip exchanges left and right labels.
-    none: do not flip."""
+    """axes: flip every axis at random. label-swap: the same, but a left-right flip exchanges left and right labels, in
+    training and in test-time mirroring. none: do not flip, neither in training nor at test time."""
     label_pairs: tuple[tuple[int, int], ...] = ()
-    """For label-swap: pairs of label values (left, right). Found by the labels' names when not given."""
+    """For label-swap: pairs of values in the label files (left, right). Found by the labels' names when not given."""
     left_right_axis: int | None = None
     """For label-swap: axis (0, 1 or 2, after the plan's transpose) from left to right. From the images if not given."""
     per_stage: bool = False
@@ -149,7 +149,7 @@ def make_policy(
             (`data.label_pairs.left_right_axis` finds it).
 
     Raises:
-        InputError: label-swap without pairs or without axis.
+        InputError: label-swap without pairs or without axis, or with regions whose mirror image is none.
     """
     max_angle, planar = rotation_range(planned_patch)
     axes = (1, 2) if planned_patch[0] == 1 else (0, 1, 2)
@@ -161,13 +161,16 @@ def make_policy(
         axes = ()
     elif config.mirror == "label-swap":
         swap_axis = left_right_axis if config.left_right_axis is None else config.left_right_axis
-        swap_pairs = config.label_pairs or (label_pairs(labels) if labels else ())
+        given = inner_pairs(labels, config.label_pairs) if labels else config.label_pairs
+        swap_pairs = given or (label_pairs(labels) if labels else ())
         if not swap_pairs:
             raise InputError("augment.mirror label-swap: no label names form left/right pairs; "
                              "give the pairs as augment.label-pairs, or mirror axes or none")
         if swap_axis not in (0, 1, 2):
             raise InputError(f"augment.mirror label-swap: left-right axis {swap_axis} is not 0, 1 or 2; "
                              "give it as augment.left-right-axis")
+        if labels:
+            swapped_outputs(labels, swap_pairs)  # refuses what could not be swapped back at test time
     return AugmentPolicy(
         max_angle, planar, config.per_stage, **({} if config.preset == "default" else off), mirror_axes=axes,
         swap_axis=swap_axis, swap_pairs=tuple(swap_pairs), masked_channels=tuple(masked_channels),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from pgps_jax.data.dataset import Labels
-from pgps_jax.data.label_pairs import label_pairs, left_right_axis, name_pairs
+from pgps_jax.data.label_pairs import inner_pairs, label_pairs, left_right_axis, name_pairs, swapped_outputs
+from pgps_jax.errors import InputError
 
 
 @pytest.mark.parametrize(("left", "right"), [
@@ -30,6 +31,27 @@ def test_pairs_of_labels_are_pairs_of_values_without_regions():
     names = ("background", "kidney_left", "kidney_right", "lung_left", "lung_right")
     assert label_pairs(Labels(names, (0, 4, 2, 1, 3), None, None)) == ((4, 2), (1, 3))
     assert label_pairs(Labels(names, (0, 4, 2, (1, 5), (3, 6)), None, (1, 2, 3, 4))) == ((4, 2),)
+
+
+def test_given_pairs_are_in_the_integers_of_the_files():
+    labels = Labels.from_json({"labels": {"background": 0, "a": 5, "b": 20, "c": 7, "ignore": 255}})
+    assert inner_pairs(labels, [(20, 5)]) == ((3, 1),)
+    plain = Labels(("background", "a", "b"), (0, 1, 2))
+    assert inner_pairs(plain, [(1, 2)]) == ((1, 2),)
+    for pairs, words in (([(1, 5)], "1 is no label"), ([(255, 5)], "255 is no label"), ([(0, 5)], "0 is no label"),
+                         ([(5, 7), (7, 20)], "stands in two pairs"), ([(5, 5)], "stands in two pairs")):
+        with pytest.raises(InputError, match=words):
+            inner_pairs(labels, pairs)
+
+
+def test_outputs_of_labels_and_regions_are_exchanged_with_their_mirror_images():
+    names = ("background", "left", "right", "liver")
+    assert swapped_outputs(Labels(names, (0, 2, 1, 3)), [(2, 1)]) == (0, 2, 1, 3)
+    regions = Labels(("background", "left", "right", "both", "left core"), (0, (1, 3), (2, 4), (1, 2, 3, 4), 3), None, (1, 2, 1, 3))
+    with pytest.raises(InputError, match=r"\[3\] becomes \[4\]"):
+        swapped_outputs(regions, [(1, 2), (3, 4)])
+    whole = Labels((*regions.names, "right core"), (*regions.values, 4), None, (1, 2, 1, 3, 4))
+    assert swapped_outputs(whole, [(1, 2), (3, 4)]) == (1, 0, 2, 4, 3)
 
 
 def test_the_left_right_axis_follows_orientation_and_transpose():

@@ -13,13 +13,16 @@ from pgps_jax.data.dataset import Labels
 from pgps_jax.data.nifti import read_volume, reorient, write_volume
 from pgps_jax.data.plan import Plan, write_plan
 from pgps_jax.data.store import CaseStore, StoredCase
+from pgps_jax.errors import InputError
+from pgps_jax.exchange import export_nnunet
 from pgps_jax.infer.predict import find_cases
+from pgps_jax.interop.pickles import read_checkpoint
 from pgps_jax.main import main
 from pgps_jax.models import build
 from pgps_jax.train.checkpoint import Checkpoints
 from pgps_jax.train.state import TrainState
 from pgps_jax.validate import load_predictor
-from pgps_jax.workspace import training_orientation
+from pgps_jax.workspace import common_left_right_axis, training_orientation
 
 LPS, RAS, RAI = np.diag([-1.0, -1, 1, 1]), np.eye(4), np.diag([1.0, 1, -1, 1])
 
@@ -41,6 +44,15 @@ def store(*affines):
 ])  # fmt: skip
 def test_a_run_keeps_the_orientation_of_most_of_its_training_images(affines, expected):
     assert training_orientation(store(*affines), [str(i) for i in range(len(affines))]) == expected
+
+
+def test_the_left_right_axis_is_that_of_all_images_as_they_were_preprocessed(small_plans):
+    plan, sagittal = Plan.from_json(small_plans), np.array([[0.0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    assert common_left_right_axis(store(RAS, LPS), ["0", "1"], plan) == 2
+    turned = {"original_affine": sagittal.tolist(), "reoriented_affine": RAS.tolist()}
+    assert common_left_right_axis(store(turned, LPS), ["0", "1"], plan) == 2
+    with pytest.raises(InputError, match="axis 2 in case 0, along axis 0 in case 2"):
+        common_left_right_axis(store(RAS, LPS, sagittal), ["0", "1", "2"], plan)
 
 
 @pytest.fixture
@@ -99,3 +111,22 @@ def test_runs_that_do_not_know_their_orientation_take_images_as_they_are(run):
     assert load_predictor(run).orientation == "LPS"
     store_inference(run)
     assert load_predictor(run).orientation is None
+
+
+def test_a_run_trained_with_swapped_labels_swaps_them_back_when_it_predicts_mirrored_copies(run, tmp_path):
+    image = np.random.default_rng(1).normal(1, 1, (1, 8, 8, 8)).astype(np.float32)  # a single tile: weights do not matter
+
+    def logits(image, **inference):
+        store_inference(run, mirror_axes=[2], **inference)
+        predictor = load_predictor(run)
+        return predictor.window(predictor.fold_params, image)
+
+    swap = {"swap_axis": 2, "swap_pairs": [[1, 2]]}
+    mirrored = np.flip(logits(np.flip(image, 3), **swap), 3)[[0, 2, 1]]
+    np.testing.assert_allclose(mirrored, logits(image, **swap), rtol=1e-4, atol=1e-4)
+    assert np.abs(logits(image, **swap) - logits(image)).max() > 0.01
+
+    store_inference(run, mirror_axes=[0, 1, 2], **swap)
+    export_nnunet(run, tmp_path / "nnunet")
+    (checkpoint,) = (tmp_path / "nnunet").glob("fold_*/checkpoint_final.pth")
+    assert list(read_checkpoint(checkpoint)["inference_allowed_mirroring_axes"]) == [0, 1], "nnU-Net cannot exchange labels"

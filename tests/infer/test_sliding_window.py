@@ -89,6 +89,33 @@ def test_logits_equal_a_plain_implementation(shape, mirror_axes):
     np.testing.assert_allclose(ours, plain(PARAMS, image, mirror_axes), rtol=1e-5, atol=1e-5)
 
 
+def two_sided(params, tiles):
+    """Background, something left and its mirror image: a network that was trained on mirrored images with swapped labels."""
+    ramp = jnp.arange(tiles.shape[3]) ** 2
+
+    def left(x):
+        return x * ramp + jnp.roll(x, 1, axis=3)
+
+    x = tiles[..., 0]
+    return jnp.stack([jnp.sin(x), left(x), jnp.flip(left(jnp.flip(x, 3)), 3)], -1)
+
+
+@pytest.mark.parametrize("mirror_axes", [(2,), (0, 1, 2)])
+def test_mirrored_copies_with_swapped_labels_agree_with_a_network_that_tells_the_sides_apart(mirror_axes):
+    image = volume((1, 6, 9, 7))
+    alone = predict_logits(two_sided, {}, image, PATCH, 3)
+    averaged = predict_logits(two_sided, {}, image, PATCH, 3, mirror_axes, swap=(2, (0, 2, 1)))
+    np.testing.assert_allclose(averaged, alone, rtol=1e-5, atol=1e-5)
+    plainly = predict_logits(two_sided, {}, image, PATCH, 3, mirror_axes)
+    assert np.abs(plainly - alone).max() > 0.1, "without the swap the sides are mixed"
+
+
+def test_nothing_is_swapped_where_the_axis_is_not_mirrored():
+    image = volume((1, 6, 9, 7))
+    swapped, plainly = (predict_logits(network, PARAMS, image, PATCH, 2, (0, 1), swap=swap) for swap in ((2, (1, 0)), None))
+    np.testing.assert_array_equal(swapped, plainly)
+
+
 def test_tile_batch_changes_neither_numbers_nor_the_number_of_programs():
     image = volume((1, 9, 13, 9))
     one = predict_logits(network, PARAMS, image, PATCH, 2, (0,))
@@ -145,6 +172,9 @@ def test_wrong_settings_are_named():
         SlidingWindow(network, PATCH, 2, step=0.0)
     with pytest.raises(InputError, match="mirror axes"):
         SlidingWindow(network, PATCH, 2, (3,))
+    for swap in ((3, (0, 1)), (2, (0, 0)), (2, (0, 1, 2))):
+        with pytest.raises(InputError, match="label-swap"):
+            SlidingWindow(network, PATCH, 2, (0,), swap=swap)
     with pytest.raises(ValueError, match="smaller than the patch"):
         tile_starts((3, 3, 3), PATCH)
 

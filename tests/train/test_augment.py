@@ -367,6 +367,11 @@ def test_label_swap_without_pairs_or_axis_is_refused():
         make_policy(config, PATCH, labels=SIDED)
     given = dataclasses.replace(config, label_pairs=((1, 3),), left_right_axis=0)
     assert make_policy(given, PATCH).swap_pairs == ((1, 3),)
+    in_files = Labels(("background", "a", "b"), (0, 1, 2), None, None, (0, 10, 30))
+    assert make_policy(dataclasses.replace(given, label_pairs=((30, 10),)), PATCH, labels=in_files).swap_pairs == ((2, 1),)
+    regions = Labels(("background", "all", "core"), (0, (1, 2), 2), None, (1, 2))
+    with pytest.raises(InputError, match="is no region"):
+        make_policy(dataclasses.replace(given, label_pairs=((1, 2),)), PATCH, labels=regions)
 
 
 def test_mirroring_can_be_switched_off():
