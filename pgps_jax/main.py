@@ -85,7 +85,8 @@ def show_schedule(command: ShowSchedule) -> None:
     with CaseProgress("planning") as progress:
         _, plans, _ = workspace.plan_dataset(
             command.dataset, command.workspace, command.planner, lambda _: None, progress, command.workers)
-    configuration = workspace.configuration_of(plans, command.configuration, command.network, command.batch_size)
+    configuration = workspace.configuration_of(plans, command.configuration, command.network, command.batch_size,
+                                               complain if command.json else say)
     schedule = workspace.planned_schedule(command, configuration, len(open_dataset(command.dataset).cases))
     rows = stage_rows(schedule, configuration.patch_size, configuration.batch_size)
     if command.json:
@@ -104,7 +105,7 @@ def run_training(config: RunConfig) -> dict:
     for line in (enable_compilation_cache(cache_folder(), CACHE_BYTES), *warnings()):
         if line:
             complain(line)
-    experiment = workspace.open_experiment(config)
+    experiment = workspace.open_experiment(config, say)
     if not (experiment.folder / "config.json").exists():
         experiment = sized(experiment, say)
     workspace.write_run_folder(experiment, environment())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pgps_jax.chosen_network import with_network
 from pgps_jax.config import NetworkConfig, Planner, RunConfig, check_same, to_json
 from pgps_jax.curriculum import Schedule, make_schedule, schedule_from_json, schedule_to_json
 from pgps_jax.data.dataset import Dataset, Labels, check_dataset, open_dataset
@@ -128,9 +129,10 @@ def explanation(dataset: Dataset, plan: Plan, folder: Path) -> list[str]:
 
 
 def configuration_of(
-    plan: Plan, name: str, network: NetworkConfig = NetworkConfig(), batch_size: int | None = None  # noqa: B008 (frozen)
+    plan: Plan, name: str, network: NetworkConfig = NetworkConfig(), batch_size: int | None = None,  # noqa: B008 (frozen)
+    say: Callable[[str], None] = lambda _: None,
 ) -> Configuration:
-    """A configuration of the plan, with network and batch size changed as asked."""
+    """A configuration of the plan, with network and batch size changed as asked; `say` hears of a patch changed on the way."""
     if name not in plan.configurations:
         raise InputError(f"--configuration {name}: the plan has {', '.join(plan.configurations)}")
     configuration = plan.configurations[name]
@@ -138,15 +140,7 @@ def configuration_of(
         if batch_size < 1:
             raise InputError(f"--batch-size {batch_size}: must be at least 1")
         configuration = dataclasses.replace(configuration, batch_size=batch_size)
-    architecture = configuration.architecture
-    if network.base_features is None and network.max_features is None:
-        return configuration
-    base = architecture.features_per_stage[0] if network.base_features is None else network.base_features
-    largest = max(architecture.features_per_stage) if network.max_features is None else network.max_features
-    if base < 1 or largest < base:
-        raise InputError(f"--network.base-features {base} and --network.max-features {largest}: want 1 <= base <= max")
-    features = tuple(min(base * 2**i, largest) for i in range(len(architecture.features_per_stage)))
-    return dataclasses.replace(configuration, architecture=dataclasses.replace(architecture, features_per_stage=features))
+    return with_network(configuration, network, say)
 
 
 def preprocess(
@@ -215,10 +209,10 @@ def planned_schedule(config: RunConfig, configuration: Configuration, num_cases:
     )
 
 
-def open_experiment(config: RunConfig) -> Experiment:
+def open_experiment(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Experiment:
     """Put an experiment together from a preprocessed dataset, and create its run folder or check that it agrees.
 
-    Everything that can be refused is refused here, before anything is written.
+    Everything that can be refused is refused here, before anything is written. `say` hears what was not planned this way.
     """
     config.check_loader()
     preprocessed = preprocessed_folder(config.dataset, config.workspace)
@@ -226,7 +220,7 @@ def open_experiment(config: RunConfig) -> Experiment:
     if not plans_file.exists():
         raise InputError(f"{plans_file}: this dataset is not planned yet; use `run`, or `plan` and `preprocess` before `train`")
     plan = read_plan(plans_file)
-    configuration = configuration_of(plan, config.configuration, config.network, config.batch_size)
+    configuration = configuration_of(plan, config.configuration, config.network, config.batch_size, say)
     dataset_json = read_json(preprocessed / "dataset.json")
     store = CaseStore(preprocessed / configuration.data_identifier)
     if not store.ids:

@@ -21,6 +21,7 @@ FLOORS: list[set[str]] = [
     {"train.state", "train.step", "train.memory", "train.programs", "train.checkpoint", "train.device", "train.stopping",
      "infer.sliding_window"},
     {"config"},
+    {"chosen_network"},
     {"workspace", "commands"},
     {"train.health", "train.meter", "train.setup", "train.sizing", "train.online_validation", "train.loop",
      "infer.export", "infer.predict"},

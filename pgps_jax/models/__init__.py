@@ -20,7 +20,7 @@ from pgps_jax.models.unetr import build_unetr, unetr_limits
 class Backbone(NamedTuple):
     """How to build a network, and what the curriculum and the optimizer must know of it."""
 
-    build: Callable[..., nnx.Module]  # (architecture, in_channels, out_channels, *, dtype, rngs)
+    build: Callable[..., nnx.Module]  # (architecture, in_channels, out_channels, *, dtype, remat, rngs)
     limits: Callable[[Architecture], PatchLimits]
     lowest_head: Callable[[Architecture], tuple[str | int, ...] | None] = lambda architecture: None
 
@@ -34,14 +34,15 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def build(
-    architecture: Architecture, in_channels: int, out_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs
+    architecture: Architecture, in_channels: int, out_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs
 ) -> nnx.Module:
     """Freshly initialised network: `net(x, deep_supervision=True)` maps (b, d, h, w, in_channels) to a tuple of logits.
 
     Parameters are float32 whatever `dtype`, in which convolutions compute. The first logits have the full resolution;
-    with `deep_supervision=False` they are the only ones.
+    with `deep_supervision=False` they are the only ones. With `remat` the backward pass keeps the borders of stages or blocks
+    and computes what is between them again: less memory, about a third more time, the same numbers.
     """
-    return _backbone(architecture).build(architecture, in_channels, out_channels, dtype=dtype, rngs=rngs)
+    return _backbone(architecture).build(architecture, in_channels, out_channels, dtype=dtype, remat=remat, rngs=rngs)
 
 
 def limits(architecture: Architecture) -> PatchLimits:

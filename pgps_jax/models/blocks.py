@@ -4,6 +4,7 @@ Initialisation is nnU-Net's: He normal for a leaky ReLU of slope 0.01 over the f
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,11 @@ SLOPE = 0.01  # of every leaky ReLU
 def he_normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> Array:
     """Float32 normal draws of standard deviation sqrt(2 / (1 + SLOPE^2)) / sqrt(fan_in)."""
     return jax.random.normal(rngs.params(), shape) * math.sqrt(2 / ((1 + SLOPE**2) * fan_in))
+
+
+def recomputed(block: Callable, remat: bool) -> Callable:
+    """`block` itself, or with `remat` the same whose inside is computed again in the backward pass instead of kept."""
+    return jax.checkpoint(block) if remat else block
 
 
 class Conv(nnx.Module):

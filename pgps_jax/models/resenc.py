@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pgps_jax.architecture import Architecture, Size
-from pgps_jax.models.blocks import ResidualBlock
+from pgps_jax.models.blocks import ResidualBlock, recomputed
 from pgps_jax.models.unet import ConvStack, Decoder, UNet
 
 
@@ -24,8 +24,10 @@ class ResidualStage(nnx.Module):
         stride: Size,
         *,
         dtype=jnp.float32,
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
+        self.remat = remat
         self.blocks = nnx.List(
             ResidualBlock(
                 out_features if i else in_features,
@@ -40,24 +42,25 @@ class ResidualStage(nnx.Module):
 
     def __call__(self, x: Float[Array, "b d h w ci"]) -> Float[Array, "b do ho wo co"]:
         for block in self.blocks:
-            x = block(x)
+            x = recomputed(block, self.remat)(x)
         return x
 
 
 class ResidualEncoder(nnx.Module):
     """One convolution block at full resolution, then residual stages. Returns every stage's output."""
 
-    def __init__(self, architecture: Architecture, in_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, architecture: Architecture, in_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         a = architecture
         features = (a.features_per_stage[0], *a.features_per_stage)
+        self.remat = remat
         self.stem = ConvStack(in_channels, features[0], 1, a.kernel_sizes[0], dtype=dtype, rngs=rngs)
         self.stages = nnx.List(
-            ResidualStage(features[s], features[s + 1], n, kernel, stride, dtype=dtype, rngs=rngs)
+            ResidualStage(features[s], features[s + 1], n, kernel, stride, dtype=dtype, remat=remat, rngs=rngs)
             for s, (n, kernel, stride) in enumerate(zip(a.blocks_per_stage, a.kernel_sizes, a.strides, strict=True))
         )
 
     def __call__(self, x: Float[Array, "b d h w c"]) -> list[Array]:
-        x = self.stem(x)
+        x = recomputed(self.stem, self.remat)(x)
         outputs = []
         for stage in self.stages:
             x = stage(x)
@@ -66,8 +69,8 @@ class ResidualEncoder(nnx.Module):
 
 
 def build_resenc_unet(
-    architecture: Architecture, in_channels: int, out_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs
+    architecture: Architecture, in_channels: int, out_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs
 ) -> UNet:
-    """nnU-Net's ResidualEncoderUNet."""
-    encoder = ResidualEncoder(architecture, in_channels, dtype=dtype, rngs=rngs)
-    return UNet(encoder, Decoder(architecture, out_channels, dtype=dtype, rngs=rngs))
+    """nnU-Net's ResidualEncoderUNet. With `remat` the backward pass has the inputs of residual blocks and decoder levels only."""
+    encoder = ResidualEncoder(architecture, in_channels, dtype=dtype, remat=remat, rngs=rngs)
+    return UNet(encoder, Decoder(architecture, out_channels, dtype=dtype, remat=remat, rngs=rngs))

@@ -4,7 +4,9 @@ Hatamizadeh et al. 2022; with `v2`, He et al. 2023: a residual convolution block
 paths are MONAI's parameter names.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from pgps_jax.models.attention import (
     layer_norm,
     to_windows,
 )
+from pgps_jax.models.blocks import recomputed
 from pgps_jax.models.unetr import BasicBlock, Head, UpBlock, check_divisible, read_options
 
 _MASKED = -100.0  # added to the logits of tokens that only the cyclic shift has made neighbours
@@ -51,22 +54,21 @@ class SwinUnetrOptions:
     """Give queries, keys and values a bias."""
     mlp_ratio: float = 4.0
     """Hidden channels of the perceptrons per channel."""
-    downsample: str = "merging"
+    downsample: Literal["merging", "mergingv2"] = "merging"
     """Order of neighbours when tokens are merged: "merging" or "mergingv2"."""
     v2: bool = False
     """A residual convolution block before each stage (SwinUNETR-V2)."""
-    remat: bool = False
-    """Compute each transformer block again in the backward pass instead of keeping its activations."""
 
 
 class SwinUnetr(nnx.Module):
     """Logits at full resolution only: the architecture has no deep supervision."""
 
     def __init__(
-        self, options: SwinUnetrOptions, in_channels: int, out_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs
+        self, options: SwinUnetrOptions, in_channels: int, out_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs
     ):
         f, kwargs = options.feature_size, {"dtype": dtype, "rngs": rngs}
-        self.swinViT = SwinTransformer(options, in_channels, **kwargs)
+        self.remat = remat
+        self.swinViT = SwinTransformer(options, in_channels, remat=remat, **kwargs)
         self.encoder1 = BasicBlock(in_channels, f, **kwargs)
         self.encoder2 = BasicBlock(f, f, **kwargs)
         self.encoder3 = BasicBlock(2 * f, 2 * f, **kwargs)
@@ -83,26 +85,28 @@ class SwinUnetr(nnx.Module):
         """Logits (b, d, h, w, classes) in the compute dtype, a tuple of one whether deep supervision is on or not."""
         check_divisible("swin-unetr", x.shape[1:4], 32)
         half, quarter, eighth, sixteenth, lowest = self.swinViT(x)
-        y = self.decoder5(self.encoder10(lowest), sixteenth)
-        y = self.decoder4(y, self.encoder4(eighth))
-        y = self.decoder3(y, self.encoder3(quarter))
-        y = self.decoder2(y, self.encoder2(half))
-        y = self.decoder1(y, self.encoder1(x))
+        run = functools.partial(recomputed, remat=self.remat)
+        y = run(self.decoder5)(run(self.encoder10)(lowest), sixteenth)
+        y = run(self.decoder4)(y, run(self.encoder4)(eighth))
+        y = run(self.decoder3)(y, run(self.encoder3)(quarter))
+        y = run(self.decoder2)(y, run(self.encoder2)(half))
+        y = run(self.decoder1)(y, run(self.encoder1)(x))
         return (self.out(y),)
 
 
 class SwinTransformer(nnx.Module):
     """Tokens of 2 x 2 x 2 voxels and four stages, each of which halves the resolution and doubles the channels."""
 
-    def __init__(self, options: SwinUnetrOptions, in_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, options: SwinUnetrOptions, in_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         f, kwargs = options.feature_size, {"dtype": dtype, "rngs": rngs}
         # MONAI keeps the embedding's convolution under this name
         self.patch_embed = nnx.Dict(proj=PatchEmbedding(in_channels, f, (2, 2, 2), rngs=rngs))
         for i in range(4):
-            setattr(self, f"layers{i + 1}", nnx.List([SwinStage(options, i, **kwargs)]))
+            setattr(self, f"layers{i + 1}", nnx.List([SwinStage(options, i, remat=remat, **kwargs)]))
             if options.v2:
                 setattr(self, f"layers{i + 1}c", nnx.List([BasicBlock(f * 2**i, f * 2**i, **kwargs)]))
         self.v2 = options.v2
+        self.remat = remat
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "b d h w ci"]) -> list[Array]:
@@ -111,7 +115,7 @@ class SwinTransformer(nnx.Module):
         outputs = [layer_norm(x).astype(self.dtype)]
         for i in range(1, 5):
             if self.v2:
-                x = getattr(self, f"layers{i}c")[0](x)
+                x = recomputed(getattr(self, f"layers{i}c")[0], self.remat)(x)
             x = getattr(self, f"layers{i}")[0](x)
             outputs.append(layer_norm(x).astype(self.dtype))
         return outputs
@@ -120,18 +124,18 @@ class SwinTransformer(nnx.Module):
 class SwinStage(nnx.Module):
     """Transformer blocks, every second one on shifted windows; then tokens are merged."""
 
-    def __init__(self, options: SwinUnetrOptions, index: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, options: SwinUnetrOptions, index: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         features, heads = options.feature_size * 2**index, options.num_heads[index]
         self.blocks = nnx.List(
             SwinBlock(options, features, heads, shifted=bool(i % 2), dtype=dtype, rngs=rngs)
             for i in range(options.depths[index])
         )
         self.downsample = TokenMerging(features, options.downsample, dtype=dtype, rngs=rngs)
-        self.remat = options.remat
+        self.remat = remat
 
     def __call__(self, x: Float[Array, "b d h w c"]) -> Float[Array, "b do ho wo co"]:
         for block in self.blocks:
-            x = (jax.checkpoint(block) if self.remat else block)(x)
+            x = recomputed(block, self.remat)(x)
         return self.downsample(x)
 
 
@@ -241,9 +245,17 @@ class TokenMerging(nnx.Module):
 
 
 def build_swin_unetr(
-    architecture: Architecture, in_channels: int, out_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs
+    architecture: Architecture, in_channels: int, out_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs
 ) -> SwinUnetr:
     """MONAI's SwinUNETR; see SwinUnetrOptions for `architecture.options`."""
+    return SwinUnetr(swin_unetr_options(architecture), in_channels, out_channels, dtype=dtype, remat=remat, rngs=rngs)
+
+
+def swin_unetr_options(architecture: Architecture) -> SwinUnetrOptions:
+    """The options of an architecture, checked."""
+    order = architecture.options.get("downsample", "merging")
+    if order not in _MERGING:
+        raise InputError(f"swin-unetr: downsample '{order}' is none of {', '.join(_MERGING)}.")
     options = read_options(SwinUnetrOptions, architecture)
     if options.feature_size % 12:
         raise InputError(f"swin-unetr: feature_size {options.feature_size} must be a multiple of 12.")
@@ -254,9 +266,7 @@ def build_swin_unetr(
             f"swin-unetr: num_heads {options.num_heads} must divide the channels of their stages, which are feature_size "
             f"{options.feature_size} times 1, 2, 4 and 8."
         )
-    if options.downsample not in _MERGING:
-        raise InputError(f"swin-unetr: downsample '{options.downsample}' is none of {', '.join(_MERGING)}.")
-    return SwinUnetr(options, in_channels, out_channels, dtype=dtype, rngs=rngs)
+    return options
 
 
 def swin_unetr_limits(architecture: Architecture) -> PatchLimits:
@@ -266,6 +276,7 @@ def swin_unetr_limits(architecture: Architecture) -> PatchLimits:
     the skip and its two convolutions get no gradient until a later stage; everything else learns. (PyTorch refuses to
     norm one voxel, so MONAI itself starts one axis later, at 64.) A U-Net's smallest stage in PGPS 2025 is of this kind too.
     """
+    swin_unetr_options(architecture)
     return PatchLimits((32, 32, 32), (32, 32, 32))
 
 

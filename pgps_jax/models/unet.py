@@ -4,12 +4,14 @@ Attribute paths are nnU-Net's parameter names: `encoder.stages.{s}.0.convs.{c}`,
 `decoder.stages.{d}.convs.{c}`, `decoder.seg_layers.{d}`, where d = 0 is the lowest resolution.
 """
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from pgps_jax.architecture import Architecture, PatchLimits, Size
-from pgps_jax.models.blocks import Conv, ConvNormAct, TransposedConv
+from pgps_jax.models.blocks import Conv, ConvNormAct, TransposedConv, recomputed
 
 
 class ConvStack(nnx.Module):
@@ -47,9 +49,10 @@ class ConvStack(nnx.Module):
 class PlainEncoder(nnx.Module):
     """Stacks of convolutions whose first one strides. Returns every stage's output, full resolution first."""
 
-    def __init__(self, architecture: Architecture, in_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, architecture: Architecture, in_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         a = architecture
         features = (in_channels, *a.features_per_stage)
+        self.remat = remat
         self.stages = nnx.List(
             # nnU-Net wraps each stage in a sequence of one, which shows in its parameter names
             nnx.List([ConvStack(features[s], features[s + 1], n, kernel, stride, dtype=dtype, rngs=rngs)])
@@ -59,7 +62,7 @@ class PlainEncoder(nnx.Module):
     def __call__(self, x: Float[Array, "b d h w c"]) -> list[Array]:
         outputs = []
         for (stack,) in self.stages:
-            x = stack(x)
+            x = recomputed(stack, self.remat)(x)
             outputs.append(x)
         return outputs
 
@@ -67,8 +70,9 @@ class PlainEncoder(nnx.Module):
 class Decoder(nnx.Module):
     """From the bottleneck up: transposed convolution, [upsampled, skip], convolutions, and a head at every level."""
 
-    def __init__(self, architecture: Architecture, out_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, architecture: Architecture, out_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         a = architecture
+        self.remat = remat
         levels = range(len(a.features_per_stage) - 2, -1, -1)
         features = a.features_per_stage
         self.transpconvs = nnx.List(
@@ -91,10 +95,14 @@ class Decoder(nnx.Module):
         *skips, x = skips
         logits = []
         for d, skip in enumerate(reversed(skips)):
-            x = self.stages[d](jnp.concatenate([self.transpconvs[d](x), skip], axis=-1))
+            x = recomputed(functools.partial(self.level, d), self.remat)(x, skip)
             if deep_supervision or d == len(skips) - 1:
                 logits.append(self.seg_layers[d](x))
         return tuple(reversed(logits))
+
+    def level(self, d: int, x: Float[Array, "b d h w c"], skip: Float[Array, "b d2 h2 w2 f"]) -> Float[Array, "b d2 h2 w2 f"]:
+        """Features of decoder level `d` from those of the level below and the encoder's at the same resolution."""
+        return self.stages[d](jnp.concatenate([self.transpconvs[d](x), skip], axis=-1))
 
 
 class UNet(nnx.Module):
@@ -110,11 +118,11 @@ class UNet(nnx.Module):
 
 
 def build_plain_unet(
-    architecture: Architecture, in_channels: int, out_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs
+    architecture: Architecture, in_channels: int, out_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs
 ) -> UNet:
-    """nnU-Net's PlainConvUNet."""
-    encoder = PlainEncoder(architecture, in_channels, dtype=dtype, rngs=rngs)
-    return UNet(encoder, Decoder(architecture, out_channels, dtype=dtype, rngs=rngs))
+    """nnU-Net's PlainConvUNet. With `remat` the backward pass has each stage's input and output only."""
+    encoder = PlainEncoder(architecture, in_channels, dtype=dtype, remat=remat, rngs=rngs)
+    return UNet(encoder, Decoder(architecture, out_channels, dtype=dtype, remat=remat, rngs=rngs))
 
 
 def unet_limits(architecture: Architecture) -> PatchLimits:

@@ -3,6 +3,7 @@
 Attribute paths are MONAI's parameter names. The blocks at the end of the file also build the decoder of Swin UNETR.
 """
 
+import functools
 import math
 from dataclasses import dataclass, fields
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 from pgps_jax.architecture import Architecture, PatchLimits, Size
 from pgps_jax.errors import InputError
 from pgps_jax.models.attention import LayerNorm, Linear, PatchEmbedding, Perceptron, attend, uniform
-from pgps_jax.models.blocks import SLOPE, Conv, TransposedConv
+from pgps_jax.models.blocks import SLOPE, Conv, TransposedConv, recomputed
 from pgps_jax.models.conv import instance_norm
 
 _TOKEN = (16, 16, 16)  # voxels
@@ -35,20 +36,19 @@ class UnetrOptions:
     """Attention heads; a divisor of hidden_size."""
     qkv_bias: bool = False
     """Give queries, keys and values a bias."""
-    table_size: Size = (96, 96, 96)
-    """Patch in voxels for which positions are learnt (MONAI's img_size); best the planned, largest patch."""
-    remat: bool = False
-    """Compute each transformer block again in the backward pass instead of keeping its activations."""
+    table_size: Size | None = None
+    """Patch in voxels for which positions are learnt (MONAI's img_size); the planned, largest patch when not given."""
 
 
 class Unetr(nnx.Module):
     """Logits at full resolution only: the architecture has no deep supervision."""
 
     def __init__(
-        self, options: UnetrOptions, in_channels: int, out_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs
+        self, options: UnetrOptions, in_channels: int, out_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs
     ):
         f, hidden, kwargs = options.feature_size, options.hidden_size, {"dtype": dtype, "rngs": rngs}
-        self.vit = VisionTransformer(options, in_channels, **kwargs)
+        self.remat = remat
+        self.vit = VisionTransformer(options, in_channels, remat=remat, **kwargs)
         self.encoder1 = BasicBlock(in_channels, f, **kwargs)
         self.encoder2 = ProjectUpBlock(hidden, 2 * f, 2, **kwargs)
         self.encoder3 = ProjectUpBlock(hidden, 4 * f, 1, **kwargs)
@@ -63,21 +63,22 @@ class Unetr(nnx.Module):
         """Logits (b, d, h, w, classes) in the compute dtype, a tuple of one whether deep supervision is on or not."""
         check_divisible("unetr", x.shape[1:4], 16)
         third, sixth, ninth, last = self.vit(x)
-        y = self.decoder5(last, self.encoder4(ninth))
-        y = self.decoder4(y, self.encoder3(sixth))
-        y = self.decoder3(y, self.encoder2(third))
-        y = self.decoder2(y, self.encoder1(x))
+        run = functools.partial(recomputed, remat=self.remat)
+        y = run(self.decoder5)(last, run(self.encoder4)(ninth))
+        y = run(self.decoder4)(y, run(self.encoder3)(sixth))
+        y = run(self.decoder3)(y, run(self.encoder2)(third))
+        y = run(self.decoder2)(y, run(self.encoder1)(x))
         return (self.out(y),)
 
 
 class VisionTransformer(nnx.Module):
     """Twelve transformer blocks over all tokens of the patch."""
 
-    def __init__(self, options: UnetrOptions, in_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, options: UnetrOptions, in_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         self.patch_embedding = PositionedEmbedding(options, in_channels, rngs=rngs)
         self.blocks = nnx.List(TransformerBlock(options, dtype=dtype, rngs=rngs) for _ in range(_NUM_BLOCKS))
         self.norm = LayerNorm(options.hidden_size)
-        self.remat = options.remat
+        self.remat = remat
 
     def __call__(self, x: Float[Array, "b d h w ci"]) -> list[Array]:
         """Token volumes (b, d/16, h/16, w/16, hidden) after the blocks 4, 7 and 10, and the last one's normed."""
@@ -86,7 +87,7 @@ class VisionTransformer(nnx.Module):
         x = x.reshape(shape[0], -1, shape[-1])
         outputs = []
         for block in self.blocks:
-            x = (jax.checkpoint(block) if self.remat else block)(x)
+            x = recomputed(block, self.remat)(x)
             outputs.append(x)
         return [y.reshape(shape) for y in (outputs[3], outputs[6], outputs[9], self.norm(x))]
 
@@ -142,32 +143,54 @@ class SelfAttention(nnx.Module):
 
 
 def build_unetr(
-    architecture: Architecture, in_channels: int, out_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs
+    architecture: Architecture, in_channels: int, out_channels: int, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs
 ) -> Unetr:
     """MONAI's UNETR; see UnetrOptions for `architecture.options`."""
+    options = unetr_options(architecture)
+    if options.table_size is None:
+        raise InputError("unetr: the option table_size is missing; it is the patch in voxels for which positions are learnt.")
+    return Unetr(options, in_channels, out_channels, dtype=dtype, remat=remat, rngs=rngs)
+
+
+def unetr_limits(architecture: Architecture) -> PatchLimits:
+    """One token more at a time, from a single token on (no norm sees fewer than 2 x 2 x 2 voxels)."""
+    unetr_options(architecture)
+    return PatchLimits(_TOKEN, _TOKEN)
+
+
+def unetr_options(architecture: Architecture) -> UnetrOptions:
+    """The options of an architecture, checked."""
     options = read_options(UnetrOptions, architecture)
     if options.hidden_size % options.num_heads:
         raise InputError(
             f"unetr: hidden_size {options.hidden_size} must be a multiple of num_heads {options.num_heads}; change one."
         )
-    check_divisible("unetr option table_size", options.table_size, 16)
-    return Unetr(options, in_channels, out_channels, dtype=dtype, rngs=rngs)
-
-
-def unetr_limits(architecture: Architecture) -> PatchLimits:
-    """One token more at a time, from a single token on (no norm sees fewer than 2 x 2 x 2 voxels)."""
-    return PatchLimits(_TOKEN, _TOKEN)
+    if options.table_size is not None:
+        check_divisible("unetr option table_size", options.table_size, 16)
+    return options
 
 
 def read_options(kind: type, architecture: Architecture):
-    """The options of an architecture as `kind`; lists, as JSON has them, become tuples."""
+    """The options of an architecture as `kind`; lists, as JSON has them, become tuples. InputError for odd values."""
     known = [field.name for field in fields(kind)]
     unknown = sorted(set(architecture.options) - set(known))
     if unknown:
         raise InputError(
             f"Backbone '{architecture.backbone}' has no option {', '.join(unknown)}; it has: {', '.join(known)}."
         )
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in architecture.options.items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture.options.items()}
+    for name, value in values.items():
+        if not _is_like(value, getattr(kind, name)):
+            raise InputError(f"{architecture.backbone}: option {name} is {value!r}; want a value like {getattr(kind, name)!r}, above 0.")
+    return kind(**values)
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether a value is of the default's kind, numbers positive; several numbers may stand where one does, or nothing."""
+    if isinstance(default, bool | str):
+        return type(value) is type(default)
+    numbers = value if isinstance(value, tuple) else () if isinstance(default, tuple) else (value,)
+    return bool(numbers) and all(type(n) is (float if isinstance(default, float) else int) and n > 0 for n in numbers)
 
 
 def check_divisible(what: str, shape: Size, factor: int) -> None:

@@ -24,7 +24,7 @@ from pgps_jax.workspace import Experiment
 def initial_state(run: Experiment, device: Device) -> tuple[nnx.GraphDef, TrainState]:
     """Structure of the network, and the state before the first step (the same for the same seed)."""
     network = build(run.configuration.architecture, run.channels, run.labels.num_outputs,
-                    dtype=device.dtype, rngs=nnx.Rngs(run.config.seed))
+                    dtype=device.dtype, remat=run.config.network.remat, rngs=nnx.Rngs(run.config.seed))
     graphdef, params = split(network)
     return graphdef, jax.device_put(init_state(params, optimizer_of(run)), device.whole)
 

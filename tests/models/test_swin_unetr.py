@@ -92,8 +92,8 @@ def test_remat_changes_no_number(filled, run_quickly):
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 4, 6))
 
     def gradient(remat):
-        options = SwinUnetrOptions(feature_size=6, depths=(1, 1, 1, 1), window_size=3, num_heads=(1, 1, 1, 1), remat=remat)
-        stage = filled(lambda: SwinStage(options, 0, rngs=nnx.Rngs(0)))
+        options = SwinUnetrOptions(feature_size=6, depths=(1, 1, 1, 1), window_size=3, num_heads=(1, 1, 1, 1))
+        stage = filled(lambda: SwinStage(options, 0, remat=remat, rngs=nnx.Rngs(0)))
         return run_quickly(jax.grad(lambda x: jnp.sum(stage(x) ** 2)), x)
 
     np.testing.assert_allclose(gradient(True), gradient(False), rtol=1e-4, atol=1e-5)
