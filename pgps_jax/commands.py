@@ -27,7 +27,8 @@ class ShowSchedule(RunConfig):
     json: bool = False
     """Print JSON instead of a table."""
     plot: Path | None = None
-    """Also draw patch, batch and voxels over steps into this PNG file."""
+    """Also draw patch, batch and voxels over steps into this PNG file, and, once the dataset is preprocessed, how large a
+    share of the drawn patches is foreground (class balance)."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def preprocess(command: Preprocess | RunConfig) -> None:
 def show_schedule(command: ShowSchedule) -> None:
     """Print (and draw) the stages."""
     with CaseProgress("planning") as progress:
-        _, plans, _ = workspace.plan_dataset(
+        _, plans, folder = workspace.plan_dataset(
             command.dataset, command.workspace, command.planner, lambda _: None, progress, command.workers)
     configuration = workspace.configuration_of(plans, command.configuration, command.network, command.batch_size,
                                                complain if command.json else say)
@@ -95,8 +95,10 @@ def show_schedule(command: ShowSchedule) -> None:
     else:
         console.print(schedule_table(rows, command.curriculum.mode))
     if command.plot:
-        plot_schedule(schedule, command.plot)
-        say(f"picture: {command.plot}")
+        balance = workspace.predicted_balance(command, configuration, folder, schedule)
+        plot_schedule(schedule, command.plot, balance)
+        without = "" if balance else " (without class balance: it is measured on preprocessed cases, see `preprocess`)"
+        (complain if command.json else say)(f"picture: {command.plot}{without}")
 
 
 def run_training(config: RunConfig) -> dict:
@@ -109,9 +111,9 @@ def run_training(config: RunConfig) -> dict:
     if not (experiment.folder / "config.json").exists():
         experiment = sized(experiment, say)
     workspace.write_run_folder(experiment, environment())
-    rows = stage_rows(experiment.schedule, experiment.configuration.patch_size, experiment.configuration.batch_size)
     if note := workspace.note_on_sides(experiment):
         say(note)
+    rows = stage_rows(experiment.schedule, experiment.configuration.patch_size, experiment.configuration.batch_size)
     console.print(schedule_table(rows, f"{config.curriculum.mode}, {experiment.num_steps} steps"))
     train(experiment)
     with CaseProgress("validation") as progress:

@@ -14,6 +14,7 @@ import numpy as np
 from pgps_jax.chosen_network import with_network
 from pgps_jax.config import NetworkConfig, Planner, RunConfig, check_same, to_json
 from pgps_jax.curriculum import Schedule, make_schedule, schedule_from_json, schedule_to_json
+from pgps_jax.data.class_balance import StageBalance, class_balance
 from pgps_jax.data.dataset import Dataset, Labels, check_dataset, open_dataset
 from pgps_jax.data.decathlon import convert_decathlon, converted_name, is_decathlon
 from pgps_jax.data.download import TASKS
@@ -209,6 +210,17 @@ def planned_schedule(config: RunConfig, configuration: Configuration, num_cases:
     )
 
 
+def predicted_balance(config: RunConfig, configuration: Configuration, preprocessed: Path, schedule: Schedule) -> list[StageBalance]:
+    """Share of foreground in the patches of each stage, drawn as training would; empty where nothing is preprocessed yet."""
+    store = CaseStore(preprocessed / configuration.data_identifier)
+    if not store.folder.is_dir() or not store.ids:
+        return []
+    folds = read_or_make_folds(preprocessed / "splits_final.json", list(store.ids))
+    train_ids, _ = cases_of_fold(folds, list(store.ids), config.fold)
+    labels = Labels.from_json(read_json(preprocessed / "dataset.json"))
+    return class_balance(store, train_ids, schedule, config.sampling, configuration.batch_size, labels, seed=config.seed)
+
+
 def open_experiment(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Experiment:
     """Put an experiment together from a preprocessed dataset, and create its run folder or check that it agrees.
 
@@ -279,18 +291,24 @@ def write_run_folder(experiment: Experiment, environment: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "environment.json", environment)
     if (folder / "config.json").exists():
-        "swap_axis": experiment.policy.swap_axis, "swap_pairs": [list(pair) for pair in experiment.policy.swap_pairs],
         return
     write_plan(experiment.plan, folder / "plan.json")
     write_json(folder / "dataset.json", experiment.dataset_json)
     write_json(folder / "schedule.json", schedule_to_json(experiment.schedule))
     write_json(folder / "inference.json", {
         "configuration": experiment.config.configuration, "mirror_axes": list(experiment.policy.mirror_axes),
+        "swap_axis": experiment.policy.swap_axis, "swap_pairs": [list(pair) for pair in experiment.policy.swap_pairs],
         "orientation": training_orientation(experiment.store, experiment.train_ids)})
     write_json(folder / "config.json", to_json(experiment.config))
 
 
 def training_orientation(store: CaseStore, ids: Sequence[str]) -> str | None:
+    """Axis codes, such as "LPS", of most of the images (of a sample of them, if they are many); None if no axes can be told."""
+    codes = Counter(axis_codes(affine) for affine in sampled_affines(store, ids).values())
+    usual = codes.most_common(1)[0][0]
+    return None if "?" in usual else usual
+
+
 def common_left_right_axis(store: CaseStore, ids: Sequence[str], plan: Plan) -> int:
     """Array axis from left to right, after the plan's transpose; InputError naming two cases in which it is not the same."""
     axis_of = {case_id: left_right_axis(affine, plan.transpose_forward) for case_id, affine in sampled_affines(store, ids).items()}
@@ -320,12 +338,6 @@ def note_on_sides(run: Experiment) -> str | None:
     others = "and others " if len(pairs) > 1 else ""
     return (f"note: {' and '.join(pairs[0])} {others}look like left and right; mirroring along all axes makes them hard to tell "
             "apart, --augment.mirror label-swap exchanges them, none leaves mirroring out")
-
-
-    """Axis codes, such as "LPS", of most of the images (of a sample of them, if they are many); None if no axes can be told."""
-    codes = Counter(axis_codes(affine) for affine in sampled_affines(store, ids).values())
-    usual = codes.most_common(1)[0][0]
-    return None if "?" in usual else usual
 
 
 def find_labels(dataset_json: Path | None, predictions: Path, references: Path) -> Labels:

@@ -16,7 +16,7 @@ FLOORS: list[set[str]] = [
      "data.label_pairs", "data.plan", "data.planner", "data.repair", "data.synthetic"},
     {"curriculum", "pacing", "data.store", "data.preprocess", "data.sampling", "data.similarity", "interop.preprocessed",
      "models.unet", "models.resenc", "models.unetr", "models.swin_unetr", "models.__init__", "evaluate.metrics", "evaluate.surface"},
-    {"data.pipeline", "train.losses", "train.augment", "train.optim", "evaluate.summary", "evaluate.postprocess",
+    {"data.pipeline", "data.class_balance", "train.losses", "train.augment", "train.optim", "evaluate.summary", "evaluate.postprocess",
      "report.schedule", "report.progress", "report.environment", "report.doctor_page"},
     {"train.state", "train.step", "train.memory", "train.programs", "train.checkpoint", "train.device", "train.stopping",
      "infer.sliding_window"},

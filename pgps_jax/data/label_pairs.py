@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from pgps_jax.data.dataset import Labels
+from pgps_jax.data.labels import Labels
 from pgps_jax.errors import InputError
 
 SIDES = {"left": 0, "right": 1, "l": 0, "r": 1, "lt": 0, "rt": 1, "lh": 0, "rh": 1}

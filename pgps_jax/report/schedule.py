@@ -13,8 +13,10 @@ from rich.table import Table
 
 from pgps_jax.architecture import Size
 from pgps_jax.curriculum import Schedule, Stage
+from pgps_jax.data.class_balance import StageBalance
 
 POINTS = 2000  # drawn per curve at most: more cannot be told apart, and random patch sizes would draw every step
+MOST_CLASSES = 7  # drawn beside the foreground as a whole; more lines cannot be told apart
 
 
 def stage_rows(
@@ -65,15 +67,15 @@ def schedule_table(rows: list[dict[str, Any]], title: str = "") -> Table:
     return table
 
 
-def plot_schedule(schedule: Schedule, path: Path, foreground_of_stage: Sequence[float] | None = None) -> None:
+def plot_schedule(schedule: Schedule, path: Path, balance: Sequence[StageBalance] = ()) -> None:
     """Write the picture: patch edges, batch size and voxels over steps; a PNG, replaced in one go.
 
-    `foreground_of_stage`, one number per stage, is the predicted share of foreground voxels in a batch (class balance).
+    With the `balance` of every stage in use (`data.class_balance`) also the predicted share of foreground in its patches.
     """
-    panels = 3 if foreground_of_stage is None else 4
+    panels = 4 if balance else 3
     figure = Figure(figsize=(9, 2.1 * panels), layout="constrained")
     FigureCanvasAgg(figure)
-    patch, batch, voxels, *balance = figure.subplots(panels, 1, sharex=True)
+    patch, batch, voxels, *last = figure.subplots(panels, 1, sharex=True)
 
     switches = len(schedule.runs())
     if switches <= POINTS / 2:  # both ends of each stage
@@ -98,11 +100,21 @@ def plot_schedule(schedule: Schedule, path: Path, foreground_of_stage: Sequence[
     voxels.axhline(mean, color="0.5", linestyle=":", label=f"mean {mean:,.0f}")
     voxels.set(ylabel="voxels per step", ylim=(0, 1.1 * per_step.max()))
     voxels.legend(fontsize=8)
-    for axes in balance:
-        axes.plot(step, np.array(foreground_of_stage, float)[stage], color="tab:green", **style)
-        axes.set(ylabel="foreground share", ylim=(0, None))
-    (balance or [voxels])[0].set_xlabel("step")
+    for axes in last:
+        _plot_balance(axes, {b.stage.index: b for b in balance}, step, stage, style)
+    (last or [voxels])[0].set_xlabel("step")
 
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png", dpi=120)
     os.replace(temporary, path)
+
+
+def _plot_balance(axes: Any, of_stage: dict[int, StageBalance], step: np.ndarray, stage: np.ndarray, style: dict) -> None:
+    """Share of foreground, and of each class where there are several, over the steps."""
+    indices = stage.tolist()
+    axes.plot(step, [of_stage[i].foreground for i in indices], color="0.2", label="foreground", **style)
+    names = list(next(iter(of_stage.values())).classes)
+    for name in names[:MOST_CLASSES] if len(names) > 1 else ():
+        axes.plot(step, [of_stage[i].classes[name] for i in indices], alpha=0.8, label=name, **style)
+    axes.set(ylabel="share of voxels\nin the patches", ylim=(0, None))
+    axes.legend(ncols=4, fontsize=8)

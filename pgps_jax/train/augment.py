@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from pgps_jax.architecture import Size
-from pgps_jax.data.dataset import Labels
 from pgps_jax.data.label_pairs import inner_pairs, label_pairs, swapped_outputs
+from pgps_jax.data.labels import Labels
 from pgps_jax.errors import InputError
 from pgps_jax.train import intensity, spatial
 

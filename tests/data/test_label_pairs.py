@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pgps_jax.data.dataset import Labels
 from pgps_jax.data.label_pairs import inner_pairs, label_pairs, left_right_axis, name_pairs, swapped_outputs
+from pgps_jax.data.labels import Labels
 from pgps_jax.errors import InputError
 
 

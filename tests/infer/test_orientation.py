@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgps_jax.data.dataset import Labels
+from pgps_jax.data.labels import Labels
 from pgps_jax.data.nifti import read_volume, reorient, write_volume
 from pgps_jax.data.plan import Plan, write_plan
 from pgps_jax.data.store import CaseStore, StoredCase

@@ -3,12 +3,12 @@
 import io
 import json
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from pgps_jax.architecture import PatchLimits
 from pgps_jax.curriculum import CurriculumConfig, make_schedule
+from pgps_jax.data.class_balance import StageBalance
 from pgps_jax.report.schedule import plot_schedule, schedule_table, stage_rows, voxel_share
 
 # mean voxels of all steps over those of constant patches, recomputed independently from the two papers' rules
@@ -57,10 +57,10 @@ def test_the_table_shows_memory_only_where_it_is_known():
     assert "0.983 of the voxels of constant-patch training" in printed(None)
 
 
-@pytest.mark.parametrize(("mode", "foreground"), [("performance", True), ("rpss", False)])
-def test_the_picture_is_written_whole(tmp_path, mode, foreground):
+@pytest.mark.parametrize(("mode", "names"), [("performance", ("a", "b")), ("rpss", ("a",)), ("rpss", ())])
+def test_the_picture_is_written_whole(tmp_path, mode, names):
     ours = schedule((40, 56, 40), 9, 8, mode, num_steps=5000)
-    balance = np.linspace(0.3, 0.1, len(ours.stages)).tolist() if foreground else None
+    balance = [StageBalance(stage, 100, 1 / (stage.index + 2), {n: 0.1 for n in names}) for stage in ours.stages] if names else []
     plot_schedule(ours, tmp_path / "schedule.png", balance)
     assert (tmp_path / "schedule.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(list(tmp_path.iterdir())) == 1

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgps_jax.data.dataset import Labels
+from pgps_jax.data.labels import Labels
 from pgps_jax.errors import InputError
 from pgps_jax.train import augment as augment_module
 from pgps_jax.train import intensity, spatial
