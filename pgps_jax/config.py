@@ -13,12 +13,14 @@ import tyro
 
 from pgps_jax.curriculum import CurriculumConfig
 from pgps_jax.data.sampling import SamplingConfig
-from pgps_jax.errors import InputError
+from pgps_jax.errors import InputError, brief
+from pgps_jax.json_file import LARGEST_INTEGER
 from pgps_jax.models.swin_unetr import SwinUnetrOptions
 from pgps_jax.models.unetr import UnetrOptions
 from pgps_jax.train.augment import AugmentConfig
 from pgps_jax.train.optim import OptimConfig
 
+LONGEST_PATH = 4096  # characters; no system takes more
 Planner = Literal["nnunet", "resenc-m", "resenc-l", "resenc-xl"]
 
 
@@ -151,7 +153,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             except InputError:
                 continue
     elif origin is Literal:
-        if value in options:
+        if any(type(value) is type(option) and value == option for option in options):
             return value
     elif origin is tuple:
         if isinstance(value, list) and options[-1] is Ellipsis:
@@ -159,14 +161,17 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, list) and len(value) == len(options):
             return tuple(_value(o, v, where) for o, v in zip(options, value, strict=True))
     elif hint is Path and isinstance(value, str):
-        return Path(value)
+        if len(value) <= LONGEST_PATH and value.isprintable():
+            return Path(value)
+    elif hint in (int, float) and isinstance(value, int | float) and not abs(value) <= LARGEST_INTEGER:
+        raise InputError(f"{where}: {brief(value)} is no number that can be used")
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     elif hint is type(None) and value is None:
         return None
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise InputError(f"{where}: {json.dumps(value)} is not of type {hint}")
+    raise InputError(f"{where}: {brief(value)} is not of type {hint}")
 
 
 def check_same(config: RunConfig, stored: dict, where: Path) -> None:

@@ -32,6 +32,8 @@ from pgps_jax.errors import InputError
 
 MOST_STEPS = 10**8  # of a stored schedule; four hundred times nnU-Net's length, and a bound for what a file can make us allocate
 
+LARGEST_SIZE = 2**20  # of a stored patch's edge or batch
+
 Mode = Literal["constant", "efficiency", "performance", "pgps", "pgps-plus", "rpss", "reversed", "random-order"]
 Pacing = Literal["uniform", "volume", "equal-time"]
 BatchPolicy = Literal["planned", "voxel-budget", "chain", "device-memory"]
@@ -312,6 +314,8 @@ def _check(
                         ("steps per epoch", steps_per_epoch), ("case-epochs", config.case_epochs)):
         if value < 1:
             raise InputError(f"curriculum: the {name} must be at least 1, found {value}")
+    if num_steps > MOST_STEPS:
+        raise InputError(f"curriculum: {num_steps} steps; at most {MOST_STEPS} are planned. Use fewer epochs")
     for name, value in (("case-share", config.case_share), ("memory-fraction", config.memory_fraction)):
         if not 0 < value <= 1:
             raise InputError(f"curriculum: {name} must be above 0 and at most 1, found {value}")
@@ -342,8 +346,8 @@ def schedule_from_json(values: dict) -> Schedule:
         for i, stage in enumerate(values["stages"]):
             d, h, w = (int(edge) for edge in stage["patch_size"])
             stages.append(Stage(i, (d, h, w), int(stage["batch_size"])))
-            if min(d, h, w, stages[-1].batch_size) < 1:
-                raise ValueError(f"stage {i} has a size below 1")
+            if not 1 <= min(d, h, w, stages[-1].batch_size) <= max(d, h, w, stages[-1].batch_size) <= LARGEST_SIZE:
+                raise ValueError(f"stage {i} has a size below 1 or above {LARGEST_SIZE}")
         stage_of_step, pool = _decode(values["stage_of_step"]), _decode(values["case_pool_of_step"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"schedule.json: not a schedule ({error!r}); start with --fresh") from error
@@ -363,6 +367,6 @@ def _encode(values: np.ndarray) -> str:
 def _decode(text: str) -> Int[np.ndarray, " steps"]:
     runs = [word.partition("x") for word in text.split()]
     lengths = [int(n or 1) for _, _, n in runs]
-    if sum(lengths) > MOST_STEPS:
-        raise ValueError(f"{sum(lengths)} steps; at most {MOST_STEPS} are believed")
+    if min(lengths, default=1) < 1 or sum(lengths) > MOST_STEPS:
+        raise ValueError(f"{sum(lengths)} steps; 1 to {MOST_STEPS} are believed")
     return np.repeat(np.array([int(v) for v, _, _ in runs], np.int32), lengths)

@@ -13,7 +13,7 @@ FLOORS: list[set[str]] = [
      "interop.pretrained", "models.conv", "models.blocks", "models.attention", "train.spatial", "train.intensity", "train.accumulate",
      "report.run_log"},
     {"data.dataset", "data.decathlon", "data.doctor", "data.download", "data.explain", "data.findings", "data.fingerprint", "data.folds",
-     "data.label_pairs", "data.plan", "data.planner", "data.repair", "data.synthetic"},
+     "data.label_pairs", "data.plan", "data.plan_network", "data.plan_values", "data.planner", "data.repair", "data.synthetic"},
     {"curriculum", "pacing", "data.store", "data.preprocess", "data.sampling", "data.similarity", "interop.preprocessed",
      "models.unet", "models.resenc", "models.unetr", "models.swin_unetr", "models.__init__", "evaluate.metrics", "evaluate.surface"},
     {"data.pipeline", "data.class_balance", "train.losses", "train.augment", "train.optim", "evaluate.summary", "evaluate.postprocess",

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pgps_jax.config import RunConfig, from_json
 from pgps_jax.curriculum import schedule_from_json
 from pgps_jax.data.dataset import open_dataset
 from pgps_jax.data.folds import read_folds
 from pgps_jax.data.nifti import read_header, read_volume
 from pgps_jax.data.plan import read_plan
 from pgps_jax.errors import InputError
+from pgps_jax.json_file import read_json
 
 PLAN = {
     "dataset_name": "D", "plans_name": "p", "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
@@ -59,13 +61,15 @@ def test_json_that_is_nested_beyond_measure_is_refused(tmp_path, read):
         read(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("steps", ["0x99999999999999", "0x999999999", "99999999999", "x", "0x-3", "1x3", "0x3 0x"])
+@pytest.mark.parametrize(
+    "steps", ["0x99999999999999", "0x999999999", "99999999999", "x", "0x-3", "1x3", "0x3 0x", "0x999999999999 0x-999999999996"])
 def test_a_schedule_that_cannot_be_is_refused_before_memory_is_asked_for(steps):
     with pytest.raises(InputError):
         schedule_from_json({"stages": [{"patch_size": [8, 8, 8], "batch_size": 2}], "stage_of_step": steps, "case_pool_of_step": "1x3"})
 
 
-@pytest.mark.parametrize("stage", [{"patch_size": [0, -1, 8], "batch_size": 2}, {"patch_size": [8, 8, 8], "batch_size": -1}])
+@pytest.mark.parametrize("stage", [{"patch_size": [0, -1, 8], "batch_size": 2}, {"patch_size": [8, 8, 8], "batch_size": -1},
+                                   {"patch_size": [8, 8, 10**12], "batch_size": 2}])
 def test_a_schedule_of_sizes_below_one_is_refused(stage):
     with pytest.raises(InputError):
         schedule_from_json({"stages": [stage], "stage_of_step": "0x3", "case_pool_of_step": "1x3"})
@@ -101,3 +105,51 @@ def test_a_volume_with_any_bytes_changed_or_cut_off_is_read_or_refused(tmp_path,
         assert read_volume(path).array.ndim == 3
     except InputError as error:
         assert "damaged.nii" in str(error)
+
+
+def network(**changes):
+    return {"architecture": {"network_class_name": "x.PlainConvUNet", "arch_kwargs":
+                             PLAN["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] | changes}}
+
+
+@pytest.mark.parametrize("changes", [
+    {"patch_size": [10**12] * 3}, {"batch_size": 10**12}, {"spacing": [0, 1, 1]}, {"spacing": [float("nan"), 1, 1]}, {"patch_size": "888"},
+    {"normalization_schemes": [["ZScore"]]}, {"previous_stage": 3}, network(n_stages=10**12, features_per_stage=4),
+    network(features_per_stage=[4, 10**9]), network(n_conv_per_stage=[2, 10**9]), network(strides=[[1, 1, 1], [0, 2, 2]]),
+    network(kernel_sizes=[[3, 3, 3]]),
+    {"architecture": None} | {"UNet_class_name": "PlainConvUNet", "pool_op_kernel_sizes": [[1, 1, 1]] * 99},
+])
+def test_a_plan_of_absurd_numbers_is_refused_before_anything_is_built_of_it(tmp_path, changes):
+    with pytest.raises(InputError, match="3d_fullres"):
+        read_changed_plan(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("parents", [
+    {"c1": "c2", "c2": "c1"}, {f"c{i}": f"c{i + 1}" for i in range(1, 5000)}, {"c1": ["c2"]}, {"c1": "none"}])
+def test_inheritance_in_a_circle_or_without_end_is_refused(tmp_path, parents):
+    entry = PLAN["configurations"]["3d_fullres"]
+    plan = PLAN | {"configurations": {f"c{i}": entry for i in range(1, 5001)} | {n: {"inherits_from": p} for n, p in parents.items()}}
+    (tmp_path / "plans.json").write_text(json.dumps(plan))
+    with pytest.raises(InputError, match=r"inherit|unexpected form"):
+        read_plan(tmp_path / "plans.json")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("1" * 401, "64 bits"), ("[" * 70 + "]" * 70, "levels"), ('"\\ud800"', "surrogates"),
+    ("[" * 10**6, "nested|recursion"), ("\xff", "JSON"),
+    ("1" * 5000, "digits"), ("NaN", "NaN"), ("[1]", "expected a JSON object, found a list"),
+])
+def test_json_beyond_reason_is_refused(tmp_path, text, words):
+    path = tmp_path / "x.json"
+    path.write_bytes(text.encode("latin1"))
+    with pytest.raises(InputError, match=rf"x\.json.*({words})"):
+        read_json(path, finite=True)
+
+
+@pytest.mark.parametrize("values", [
+    {"epochs": 10**30}, {"checkpoint_minutes": 10**400}, {"checkpoint_minutes": float("nan")}, {"checkpoint_minutes": float("inf")},
+    {"dataset": "x" * 10**5}, {"dataset": "a\0b"}, {"fold": [[]]}, {"curriculum": {"mode": ["constant"]}}, {"optim": {"momentum": "0.9"}},
+])
+def test_a_config_of_absurd_values_is_refused_naming_the_key(values):
+    with pytest.raises(InputError, match=f"config.json: {next(iter(values))}"):
+        from_json(RunConfig, {"dataset": "x"} | values, "config.json")

@@ -1,7 +1,5 @@
 """Which cases are trained on and which are held out: nnU-Net's folds, and folds that keep patients together."""
 
-import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pgps_jax.errors import InputError
+from pgps_jax.json_file import read_json, write_json
 
 Fold = dict[str, list[str]]  # {"train": case ids, "val": case ids}
 
@@ -90,19 +89,14 @@ def read_or_make_folds(
     if path.exists():
         return read_folds(path, case_ids)
     folds = make_folds(case_ids, num_folds, group_by)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(folds, indent=4) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, folds, indent=4)
     return folds
 
 
 def read_folds(path: Path, case_ids: Sequence[str]) -> list[Fold]:
     """Read and check a splits_final.json; see `read_or_make_folds`. Cases that no fold names are allowed."""
-    try:
-        folds = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(folds, list) or not folds:
+    folds = read_json(path, list)
+    if not folds:
         raise InputError(f'{path}: want a list of folds [{{"train": [...], "val": [...]}}, ...]')
     for number, fold in enumerate(folds):
         where = f"{path}: fold {number}"

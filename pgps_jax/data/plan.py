@@ -4,21 +4,20 @@ A plan keeps the JSON that it was read from. What was not changed is written bac
 """
 
 import copy
-import json
-import math
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from pgps_jax.architecture import Architecture, Size
-from pgps_jax.errors import InputError
+from pgps_jax.data.plan_network import LEGACY_NETWORK, architecture_from_json, architecture_to_json
+from pgps_jax.data.plan_values import LONGEST_EDGE, MOST_BATCH, SHORTEST_SPACING, each, sequence, text, three, within
+from pgps_jax.errors import InputError, brief
+from pgps_jax.json_file import read_json, write_json
 
 Spacing = tuple[float, float, float]
 
-_NETWORKS = {"PlainConvUNet": "plain-unet", "ResidualEncoderUNet": "resenc-unet"}  # class name -> backbone
-_NETWORK_PATH = "dynamic_network_architectures.architectures.unet."
+MOST_PARENTS = 32  # generations of inherits_from
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Configuration:
         now = {key: value for key, value in now.items() if value != was.get(key)}
         kept = copy.deepcopy(self.entry)
         if "architecture" in now:
-            kept = {key: value for key, value in kept.items() if key not in _LEGACY_NETWORK}
+            kept = {key: value for key, value in kept.items() if key not in LEGACY_NETWORK}
         return {**kept, **now}
 
 
@@ -84,26 +83,29 @@ class Plan:
         try:
             entries = content["configurations"]
             forward = tuple(content["transpose_forward"])
-            median = content.get("original_median_spacing_after_transp") or [1.0, 1.0, 1.0]
-            if sorted(forward) != [0, 1, 2]:
-                raise InputError(f"plans: transpose_forward {list(forward)} is not an order of the axes 0, 1, 2")
+            spacing = content.get("original_median_spacing_after_transp")
+            median = each("spacing", three(spacing or [1.0, 1.0, 1.0], 1.0, float), SHORTEST_SPACING, 1 / SHORTEST_SPACING)
+            if not all(type(axis) is int for axis in forward) or sorted(forward) != [0, 1, 2]:
+                raise InputError(f"plans: transpose_forward {brief(list(forward))} is not an order of the axes 0, 1, 2")
             return Plan(
-                dataset_name=content["dataset_name"],
-                plans_name=content["plans_name"],
+                dataset_name=text(content["dataset_name"]),
+                plans_name=text(content["plans_name"]),
                 transpose_forward=forward,
                 transpose_backward=tuple(int(axis) for axis in np.argsort(forward)),
-                intensity_properties=content.get("foreground_intensity_properties_per_channel")
-                or content.get("foreground_intensity_properties_by_modality") or {},
-                configurations={name: _inherited(name, entries, float(median[0])) for name in entries},
-                original_median_spacing=tuple(float(s) for s in median),
-                original_median_shape=tuple(float(n) for n in content.get("original_median_shape_after_transp") or ()) or None,
-                experiment_planner=content.get("experiment_planner_used", ""),
-                image_reader_writer=content.get("image_reader_writer", ""),
+                intensity_properties=_intensities(content.get("foreground_intensity_properties_per_channel")
+                                                  or content.get("foreground_intensity_properties_by_modality") or {}),
+                configurations={name: _inherited(name, entries, median[0]) for name in entries},
+                original_median_spacing=median,
+                original_median_shape=three(shape, 1.0, float) if (shape := content.get("original_median_shape_after_transp")) else None,
+                experiment_planner=text(content.get("experiment_planner_used", "")),
+                image_reader_writer=text(content.get("image_reader_writer", "")),
                 source={key: value for key, value in content.items() if key != "configurations"},
             )
         except KeyError as key:
             raise InputError(f"plans: the key {key} is missing") from None
-        except (TypeError, AttributeError, IndexError) as error:
+        except InputError:
+            raise
+        except (TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
             raise InputError(f"plans: a value has an unexpected form ({error})") from None
 
     def to_json(self) -> dict:
@@ -138,14 +140,10 @@ class Plan:
 
 def read_plan(path: Path) -> Plan:
     """Read a plans.json; InputError naming the file."""
+    content = read_json(path, cure="plan the dataset first")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise InputError(f"expected a JSON object, found a {type(content).__name__}")
         return Plan.from_json(content)
-    except FileNotFoundError:
-        raise InputError(f"{path}: this file is missing; plan the dataset first") from None
-    except (OSError, ValueError, RecursionError) as error:  # InputError is a ValueError
+    except InputError as error:
         raise InputError(f"{path}: cannot be used as a plan ({error})") from None
 
 
@@ -157,14 +155,11 @@ def write_plan(plan: Plan, path: Path) -> None:
     content = plan.to_json()
     if path.exists():
         try:
-            present = json.loads(path.read_text(encoding="utf-8"))["configurations"]
-        except (OSError, ValueError, KeyError, TypeError):
-            present = {}
-        own = {name: entry for name, entry in present.items() if name not in PLANNED_NAMES}
+            own = {name: entry for name, entry in read_json(path)["configurations"].items() if name not in PLANNED_NAMES}
+        except (InputError, KeyError, AttributeError):  # what is no plan is replaced whole
+            own = {}
         content["configurations"] = {**own, **content["configurations"]}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=4, sort_keys=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, content, indent=4)
 
 
 PLANNED_NAMES = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
@@ -173,19 +168,25 @@ PLANNED_NAMES = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 # --------------------------------------------------------------------------------------------- configurations from JSON
 
 
-def resolve(name: str, entries: dict[str, dict], below: tuple[str, ...] = ()) -> dict:
+def resolve(name: str, entries: dict[str, dict]) -> dict:
     """A configuration's entry with what it inherits filled in: a child's key replaces its parent's, whole.
 
     Raises:
-        InputError: unknown parent, circle.
+        InputError: unknown parent, circle, more than `MOST_PARENTS` generations.
     """
-    if name in below:
-        raise InputError(f"plans: configurations inherit in a circle: {' -> '.join((*below, name))}")
-    if name not in entries:
-        raise InputError(f"plans: configuration {below[-1]!r} inherits from {name!r}, which does not exist")
-    entry = entries[name]
-    parent = entry.get("inherits_from")
-    return {**resolve(parent, entries, (*below, name)), **entry} if parent else dict(entry)
+    chain = [name]
+    while parent := entries[chain[-1]].get("inherits_from"):
+        if parent in chain:
+            raise InputError(f"plans: configurations inherit in a circle: {' -> '.join((*chain, parent))}")
+        if parent not in entries:
+            raise InputError(f"plans: configuration {chain[-1]!r} inherits from {brief(parent)}, which does not exist")
+        if len(chain) > MOST_PARENTS:
+            raise InputError(f"plans: configuration {name!r} inherits over more than {MOST_PARENTS} generations")
+        chain.append(parent)
+    entry: dict = {}
+    for ancestor in reversed(chain):
+        entry |= entries[ancestor]
+    return entry
 
 
 def _inherited(name: str, entries: dict[str, dict], slice_spacing: float) -> Configuration:
@@ -199,21 +200,23 @@ def configuration_from_json(name: str, entry: dict, slice_spacing: float = 1.0) 
         patch = entry["patch_size"]
         is_2d = len(patch) == 2
         median = entry.get("median_image_size_in_voxels") or patch
-        schemes = tuple(entry["normalization_schemes"])
+        schemes = tuple(text(scheme) for scheme in sequence(entry["normalization_schemes"]))
         return Configuration(
             name=name,
             data_identifier=_folder_name(entry["data_identifier"]),
-            batch_size=int(entry["batch_size"]),
-            patch_size=_three(patch, 1, int),
-            spacing=_three(entry["spacing"], slice_spacing, float),
-            median_shape=_three(median, 1.0, float),
+            batch_size=within("batch_size", int(entry["batch_size"]), 1, MOST_BATCH),
+            patch_size=each("patch_size", three(patch, 1, int), 1, LONGEST_EDGE),
+            spacing=each("spacing", three(entry["spacing"], slice_spacing, float), SHORTEST_SPACING, 1 / SHORTEST_SPACING),
+            median_shape=each("median_image_size_in_voxels", three(median, 1.0, float), 0, 2**31),
             normalization_schemes=schemes,
-            use_mask_for_norm=tuple(bool(m) for m in entry.get("use_mask_for_norm", [False] * len(schemes))),
+            use_mask_for_norm=tuple(bool(m) for m in sequence(entry.get("use_mask_for_norm", [False] * len(schemes)))),
             batch_dice=bool(entry.get("batch_dice", False)),
-            architecture=_architecture(name, entry),
+            architecture=architecture_from_json(entry),
             is_2d=is_2d,
-            previous_stage=entry.get("previous_stage"),
+            previous_stage=None if entry.get("previous_stage") is None else text(entry["previous_stage"]),
         )
+    except InputError:
+        raise
     except KeyError as key:
         raise InputError(f"plans: configuration {name!r} has no {key}") from None
     except (TypeError, ValueError, IndexError, OverflowError, MemoryError) as error:
@@ -227,11 +230,13 @@ def _folder_name(text: object) -> str:
     return text
 
 
-def _three(values: list, lead: float | int, kind: type) -> tuple:
-    numbers = tuple(kind(v) for v in values)
-    if len(numbers) not in (2, 3):
-        raise ValueError(f"{values}: want 2 or 3 numbers")
-    return numbers if len(numbers) == 3 else (kind(lead), *numbers)
+def _intensities(value: dict) -> dict[str, dict[str, float]]:
+    """Statistics of each channel, as read."""
+    for channel, statistics in value.items():
+        for name, number in statistics.items():
+            if not isinstance(number, int | float):
+                raise TypeError(f"intensities of channel {brief(channel)}: {name} is {brief(number)}, no number")
+    return value
 
 
 def _list(values: tuple | None) -> list | None:
@@ -264,126 +269,3 @@ def _preprocessing() -> dict:
         kwargs = {"is_seg": what == "seg", "order": order, "order_z": 0, "force_separate_z": None}
         entry[f"resampling_fn_{what}_kwargs"] = kwargs
     return entry
-
-
-# --------------------------------------------------------------------------------------------------- the network's part
-
-_LEGACY_NETWORK = (
-    "UNet_class_name", "UNet_base_num_features", "unet_max_num_features", "n_conv_per_stage_encoder",
-    "n_conv_per_stage_decoder", "num_pool_per_axis", "pool_op_kernel_sizes", "conv_kernel_sizes",
-)  # fmt: skip
-_CHECKED_ELSEWHERE = (
-    "n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage", "conv_op",
-    "n_conv_per_stage_decoder", "norm_op_kwargs", "nonlin_kwargs", "dropout_op_kwargs", "deep_supervision",
-)  # fmt: skip
-
-
-def _fixed_options(is_2d: bool) -> dict:
-    """The settings of nnU-Net's networks that its planner never varies, and the only ones that are built here."""
-    n = 2 if is_2d else 3
-    return {
-        "conv_op": f"torch.nn.modules.conv.Conv{n}d",
-        "conv_bias": True,
-        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{n}d",
-        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    }
-
-
-def architecture_to_json(architecture: Architecture, is_2d: bool) -> dict:
-    """nnU-Net's `architecture` entry; for networks that nnU-Net does not have, the backbone's name and its options."""
-    axes = slice(1, None) if is_2d else slice(None)
-    classes = {backbone: name for name, backbone in _NETWORKS.items()}
-    if architecture.backbone not in classes:
-        options = {k: list(v) if isinstance(v, tuple) else v for k, v in architecture.options.items()}
-        return {"network_class_name": architecture.backbone, "arch_kwargs": options, "_kw_requires_import": []}
-    blocks = "n_blocks_per_stage" if architecture.backbone == "resenc-unet" else "n_conv_per_stage"
-    fixed = _fixed_options(is_2d)
-    return {
-        "network_class_name": _NETWORK_PATH + classes[architecture.backbone],
-        "arch_kwargs": {
-            "n_stages": len(architecture.features_per_stage),
-            "features_per_stage": list(architecture.features_per_stage),
-            "conv_op": fixed.pop("conv_op"),
-            "kernel_sizes": [list(kernel[axes]) for kernel in architecture.kernel_sizes],
-            "strides": [list(stride[axes]) for stride in architecture.strides],
-            blocks: list(architecture.blocks_per_stage),
-            "n_conv_per_stage_decoder": list(architecture.convs_per_stage_decoder),
-            **fixed,
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
-
-
-def _architecture(name: str, entry: dict) -> Architecture:
-    if "architecture" not in entry:
-        return _legacy_architecture(entry)
-    class_name, kwargs = entry["architecture"]["network_class_name"], entry["architecture"]["arch_kwargs"]
-    backbone = _NETWORKS.get(class_name.rsplit(".", 1)[-1])
-    if backbone is None:
-        options = {key: tuple(v) if isinstance(v, list) else v for key, v in kwargs.items()}
-        return Architecture(class_name, options=options)
-    odd = _odd_options(kwargs, len(entry["patch_size"]) == 2)
-    strides = kwargs["strides"]
-    stages = int(kwargs.get("n_stages", len(strides)))
-    blocks = kwargs["n_blocks_per_stage" if backbone == "resenc-unet" else "n_conv_per_stage"]
-    return Architecture(
-        # a network that is not built here still lets the plan be read; building it says which setting is in the way
-        backbone + (f" with {odd}" if odd else ""),
-        _per_stage(kwargs["features_per_stage"], stages),
-        tuple(_three(_axes(k, entry), 1, int) for k in kwargs["kernel_sizes"]),
-        tuple(_three(_axes(k, entry), 1, int) for k in strides),
-        _per_stage(blocks, stages),
-        _per_stage(kwargs["n_conv_per_stage_decoder"], stages - 1),
-    )
-
-
-def _legacy_architecture(entry: dict) -> Architecture:
-    """The network of plans written by nnU-Net 2.0 to 2.3."""
-    class_name = entry["UNet_class_name"]
-    strides = [_three(_axes(k, entry), 1, int) for k in entry["pool_op_kernel_sizes"]]
-    kernels = [_three(_axes(k, entry), 1, int) for k in entry["conv_kernel_sizes"]]
-    strides = [(1, 1, 1)] * (len(kernels) - len(strides)) + strides
-    base, largest = entry["UNet_base_num_features"], entry["unet_max_num_features"]
-    stages = len(strides)
-    return Architecture(
-        _NETWORKS.get(class_name, class_name),
-        tuple(min(base * 2**i, largest) for i in range(stages)),
-        tuple(kernels),
-        tuple(strides),
-        _per_stage(entry["n_conv_per_stage_encoder"], stages),
-        _per_stage(entry["n_conv_per_stage_decoder"], stages - 1),
-    )
-
-
-def _axes(value: int | list, entry: dict) -> list:
-    return [value] * len(entry["patch_size"]) if isinstance(value, int) else value
-
-
-def _per_stage(value: int | list, stages: int) -> tuple[int, ...]:
-    numbers = (value,) * stages if isinstance(value, int) else tuple(int(v) for v in value)
-    if len(numbers) != stages:
-        raise ValueError(f"{list(numbers)}: want {stages} numbers, one per stage")
-    return numbers
-
-
-def _odd_options(kwargs: dict, is_2d: bool) -> str:
-    """Settings of a network that differ from those that are built here, as text; empty if there are none."""
-    fixed = _fixed_options(is_2d)
-    found = []
-    for key, value in kwargs.items():
-        if key in _CHECKED_ELSEWHERE:
-            continue
-        want = fixed.get(key)
-        same = value == want or (isinstance(want, str) and str(value).rsplit(".", 1)[-1] == want.rsplit(".", 1)[-1])
-        if not same and (key in fixed or value):
-            found.append(f"{key} {value}")
-    norm, slope = kwargs.get("norm_op_kwargs") or {}, (kwargs.get("nonlin_kwargs") or {}).get("negative_slope", 0.01)
-    if not math.isclose(norm.get("eps", 1e-5), 1e-5) or not norm.get("affine", True):
-        found.append(f"norm_op_kwargs {norm}")
-    if slope != 0.01:
-        found.append(f"negative_slope {slope}")
-    return ", ".join(found)

@@ -71,7 +71,8 @@ def test_a_split_file_is_written_once_and_then_obeyed(tmp_path):
     ("content", "words"),
     [
         ("{", "JSON"),
-        ({"train": []}, "list of folds"),
+        ({"train": []}, "JSON list"),
+        ([], "list of folds"),
         ([["a"]], "fold 0 must be"),
         ([{"train": [1], "val": ["case_01"]}], "fold 0 must be"),
         ([{"train": ["case_00"], "val": []}], "no cases to hold out"),
