@@ -70,9 +70,9 @@ def _balance_of(source: PatchSource, stage: Stage, labels: Labels, patches: int)
     def share(members: Sequence[int]) -> float:
         return sum(of_label[label] for label in members) / total if total else math.nan
 
-    named = {name: value if isinstance(value, tuple) else (value,) for name, value in zip(labels.names, labels.values, strict=True) if value != 0}
-    return StageBalance(stage, len(chosen) * stage.batch_size, share([label for label in of_label if label != 0]),
-                        {name: share(members) for name, members in named.items()})
+    classes = {name: share(value if isinstance(value, tuple) else (value,))
+               for name, value in zip(labels.names, labels.values, strict=True) if value != 0}
+    return StageBalance(stage, len(chosen) * stage.batch_size, share([label for label in of_label if label != 0]), classes)
 
 
 @dataclass(frozen=True)
