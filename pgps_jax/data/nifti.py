@@ -4,9 +4,11 @@ Arrays have axes (d, h, w), which are the file's (z, y, x): the order of nnU-Net
 affines the file's. Nothing is reoriented on reading; `reorient` does it where asked.
 """
 
+import gzip
 import math
 import os
-import zlib
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,6 @@ import nibabel
 import numpy as np
 from jaxtyping import Float, Shaped
 from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, io_orientation, ornt_transform
-from nibabel.spatialimages import HeaderDataError, ImageDataError
 
 from pgps_jax.architecture import Size
 from pgps_jax.errors import InputError
@@ -24,10 +25,8 @@ Spacing = tuple[float, float, float]
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 SITK_ENDINGS = (".nrrd", ".mha", ".gipl")
 MOST_COMPRESSION = 1032  # of deflate: a file of zeros
-_UNREADABLE = (
-    OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError,
-    zlib.error, HeaderDataError, ImageDataError, nibabel.filebasedimages.ImageFileError,
-)  # fmt: skip
+MOST_VOXELS = 2**32  # 1625 voxels along each axis, 16 GiB once read; a small compressed file may claim any number
+MOST_EXTENSION = 2**24  # bytes between a header and its voxels, which are read before the first voxel is
 
 
 class Volume(NamedTuple):
@@ -60,7 +59,7 @@ def read_volume(path: Path) -> Volume:
     image, header = _open_nifti(path)
     try:
         array = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except _UNREADABLE as error:
+    except Exception as error:  # nibabel raises many types for damaged files
         raise _unreadable(path, error) from None
     return Volume(np.ascontiguousarray(array.reshape(array.shape[:3]).T), header.spacing, header.affine)
 
@@ -105,7 +104,7 @@ def read_channels(path: Path) -> tuple[Shaped[np.ndarray, "c d h w"], np.ndarray
         raise InputError(f"{path}: has {len(image.shape)} axes {image.shape}; want a volume (3) or channels of one (4)")
     try:
         array = np.asanyarray(image.dataobj)
-    except _UNREADABLE as error:
+    except Exception as error:  # nibabel raises many types for damaged files
         raise _unreadable(path, error) from None
     return (array.T if array.ndim == 4 else array.T[None]), np.asarray(image.affine, np.float64)
 
@@ -141,28 +140,51 @@ def geometry_difference(first: Header, second: Header) -> float:
 
 
 def _load_nifti(path: Path) -> Any:
+    """Open a NIfTI-1 or -2 file and check what its header claims; its voxels are not read."""
     if not path.name.endswith(NIFTI_ENDINGS):
         raise InputError(f"{path}: this kind of file is not read; known are {', '.join(NIFTI_ENDINGS + SITK_ENDINGS)}")
     if not path.is_file():
         raise InputError(f"{path}: this file is missing")
     try:
-        return nibabel.load(path)
-    except _UNREADABLE as error:
+        image = _nifti_kind(path).from_filename(path)
+        _check_claim(path, tuple(image.shape), image.header.get_data_dtype().itemsize)
+        return image
+    except InputError:
+        raise
+    except Exception as error:  # nibabel raises many types for damaged files
         raise _unreadable(path, error) from None
 
 
-def _check_declared_size(path: Path, image: Any) -> None:
-    """Refuse a header that claims more voxels than its file can hold, before memory is asked for."""
-    claimed = math.prod(int(n) for n in image.shape) * image.header.get_data_dtype().itemsize
-    held = Path(path).stat().st_size * (MOST_COMPRESSION if str(path).endswith(".gz") else 1)
-    if claimed > held:
-        raise InputError(f"{path}: its header claims {claimed} bytes of voxels, more than the file can hold; it is damaged or cut short")
+def _nifti_kind(path: Path) -> type:
+    """The class that reads this file. Not left to nibabel, which would also read CIFTI and whatever else ends in .nii."""
+    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+        head = file.read(176)
+    for order in "<>":
+        if len(head) == 176 and struct.unpack(f"{order}i", head[:4])[0] in (348, 540):
+            first = struct.unpack(f"{order}i", head[:4])[0] == 348
+            voxels_at = struct.unpack(f"{order}f", head[108:112])[0] if first else struct.unpack(f"{order}q", head[168:176])[0]
+            if not 0 <= voxels_at <= MOST_EXTENSION:
+                raise InputError(f"{path}: its header says that the voxels begin at byte {voxels_at:g}; want 0 to {MOST_EXTENSION}")
+            return nibabel.Nifti1Image if first else nibabel.Nifti2Image
+    raise InputError(f"{path}: cannot be read as a volume (it does not begin with a NIfTI header); is the file complete?")
+
+
+def _check_claim(path: Path, shape: tuple, itemsize: int) -> None:
+    """Refuse a header that claims more voxels than its file can hold or than are ever read, before memory is asked for."""
+    if min(shape, default=0) < 1:
+        raise InputError(f"{path}: the volume is empty, shape {shape}")
+    voxels = math.prod(int(n) for n in shape)
+    held = path.stat().st_size * (1 if path.name.endswith(".nii") else MOST_COMPRESSION)
+    if voxels * itemsize > held:
+        raise InputError(f"{path}: its header claims {voxels * itemsize} bytes of voxels, more than the file can hold; it is damaged or "
+                         "cut short")
+    if voxels > MOST_VOXELS:
+        raise InputError(f"{path}: its header claims {voxels} voxels, more than the {MOST_VOXELS} that are read; crop or resample it")
 
 
 def _open_nifti(path: Path) -> tuple[Any, Header]:
     image = _load_nifti(path)
     shape = tuple(image.shape)
-    _check_declared_size(path, image)
     if len(shape) != 3 and (len(shape) < 3 or set(shape[3:]) != {1}):
         raise InputError(
             f"{path}: has {len(shape)} axes {shape} where a 3D volume is expected; store each channel in its own file "
@@ -173,8 +195,6 @@ def _open_nifti(path: Path) -> tuple[Any, Header]:
 
 
 def _checked_header(path: Path, shape: tuple, spacing: tuple, affine: np.ndarray) -> Header:
-    if min(shape) < 1:
-        raise InputError(f"{path}: the volume is empty, shape {shape}")
     if not all(np.isfinite(s) and s > 0 for s in spacing) or not np.isfinite(affine).all():
         raise InputError(f"{path}: its header gives the voxel spacing {spacing} mm; want positive numbers")
     return Header(tuple(int(n) for n in shape), tuple(float(s) for s in spacing), affine)
@@ -215,10 +235,12 @@ def _open_sitk(path: Path, with_voxels: bool) -> tuple[np.ndarray | None, Header
     sitk = _sitk(path)
     if not path.is_file():
         raise InputError(f"{path}: this file is missing")
+    _check_self_contained(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
+        _check_claim(path, reader.GetSize(), 1)
         image = reader.Execute() if with_voxels else reader
     except RuntimeError as error:
         raise _unreadable(path, error) from None
@@ -230,6 +252,17 @@ def _open_sitk(path: Path, with_voxels: bool) -> tuple[np.ndarray | None, Header
     affine[:3, 3] = image.GetOrigin()
     header = _checked_header(path, image.GetSize()[::-1], image.GetSpacing()[::-1], _LPS @ affine)
     return (sitk.GetArrayFromImage(image).astype(np.float32) if with_voxels else None), header
+
+
+def _check_self_contained(path: Path) -> None:
+    """Refuse headers that name other files as the place of the voxels: any file of this machine could be meant."""
+    with path.open("rb") as file:
+        head = file.read(2**16).lower()
+    nrrd = head.split(b"\n\n")[0].split(b"\r\n\r\n")[0]
+    elsewhere = re.search(rb"^data ?file:", nrrd, re.MULTILINE) if path.name.endswith(".nrrd") else \
+        re.search(rb"^elementdatafile\s*=\s*+(?!local\s)", head, re.MULTILINE) if path.name.endswith(".mha") else None
+    if elsewhere:
+        raise InputError(f"{path}: its voxels are said to lie in another file; store them in the file itself")
 
 
 def _write_sitk(path: Path, array: np.ndarray, affine: np.ndarray) -> None:

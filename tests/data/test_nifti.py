@@ -1,5 +1,7 @@
 """Volumes come back as they were written, and unreadable ones are named."""
 
+import gzip
+import struct
 import sys
 
 import nibabel
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from pgps_jax.data import nifti
-from pgps_jax.data.nifti import axis_codes, geometry_difference, read_channels, read_header, read_volume, reorient, write_volume
+from pgps_jax.data.nifti import axis_codes, file_shape, geometry_difference, read_channels, read_header, read_volume, reorient, write_volume
 from pgps_jax.errors import InputError
 
 OBLIQUE = np.array([[-0.9, 0.1, 0.0, 12.0], [0.1, 1.1, 0.3, -40.0], [0.0, -0.2, 2.5, 7.0], [0, 0, 0, 1]])
@@ -99,6 +101,48 @@ def test_what_cannot_be_read_is_named(tmp_path, fault):
         read_volume(path)
 
 
+def with_header(path, **fields):
+    image = nibabel.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4))
+    for name, value in fields.items():
+        image.header[name] = value
+    content = image.header.binaryblock + bytes(4 + 4**3)
+    path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"dim": [3, 4000, 4000, 4000, 1, 1, 1, 1]}, "more than the file can hold"), ({"vox_offset": 1e12}, "voxels begin"),
+    ({"vox_offset": np.nan}, "voxels begin"), ({"vox_offset": -4}, "voxels begin"), ({"datatype": 7}, "cannot be read"),
+    ({"dim": [-3, 4, 4, 4, 1, 1, 1, 1]}, "x.nii"), ({"dim": [3, -4, 4, 4, 1, 1, 1, 1]}, "x.nii"),
+])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_header_that_claims_the_impossible_is_refused(tmp_path, fields, words, ending):
+    path = tmp_path / f"x{ending}"
+    with_header(path, **fields)
+    for read in (read_volume, read_header, read_channels, file_shape):
+        with pytest.raises(InputError, match=words):
+            read(path)
+
+
+def test_a_compressed_file_of_zeros_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(nifti, "MOST_VOXELS", 10**6)
+    path = tmp_path / "bomb.nii.gz"
+    with_header(path, dim=[3, 200, 200, 200, 1, 1, 1, 1])
+    with gzip.open(path, "ab") as file:
+        file.write(bytes(200**3))
+    assert path.stat().st_size < 20_000
+    with pytest.raises(InputError, match="8000000 voxels, more than"):
+        read_volume(path)
+
+
+def test_an_extension_without_end_is_not_read(tmp_path):
+    path = tmp_path / "x.nii.gz"
+    with_header(path, vox_offset=2**24)
+    content = bytearray(gzip.decompress(path.read_bytes())[:348]) + b"\1\0\0\0" + struct.pack("<2i", 2**31 - 16, 4) + bytes(2**24)
+    path.write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(InputError, match=r"x\.nii"):
+        read_volume(path)
+
+
 def test_reorienting_moves_no_voxel_in_the_world_and_can_be_undone():
     array = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
     assert axis_codes(OBLIQUE) == "LAS"
@@ -135,6 +179,19 @@ def test_files_of_simpleitk_have_the_same_array_and_affine(tmp_path):
         np.testing.assert_array_equal(volume.array, array)
         np.testing.assert_allclose(volume.affine, affine, atol=1e-9)
         assert volume.spacing == read_header(tmp_path / f"x{ending}").spacing == (3.0, 2.0, 1.5)
+
+
+@pytest.mark.parametrize(("name", "header"), [
+    ("x.nrrd", "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nencoding: raw\ndata file: /etc/passwd\n\n"),
+    ("x.nrrd", "NRRD0004\r\ntype: uchar\r\ndimension: 3\r\nsizes: 2 2 2\r\nencoding: raw\r\ndatafile: ../y.raw\r\n\r\n"),
+    ("x.mha", "ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = /etc/passwd\n"),
+    ("x.mha", "ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = LIST\na\nb\n"),
+])
+def test_voxels_in_another_file_are_not_fetched(tmp_path, monkeypatch, name, header):
+    monkeypatch.setattr(nifti, "_sitk", lambda path: None)  # nothing of it may be asked before the header is checked
+    (tmp_path / name).write_bytes(header.encode())
+    with pytest.raises(InputError, match="another file"):
+        read_volume(tmp_path / name)
 
 
 def test_without_simpleitk_its_files_are_refused_with_the_cure(tmp_path, monkeypatch):
