@@ -97,6 +97,8 @@ class RunConfig:
     """Delete what an earlier run of the same name left, and start over."""
 
     @property
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept, beside the best one."""
     def run_name(self) -> str:
         """Folder name of the run."""
         return self.name or f"{self.configuration}_{self.curriculum.mode}"
@@ -111,7 +113,7 @@ class RunConfig:
 
 # How and where a run is computed: may differ when it is resumed. Everything else must agree.
 FREE_TO_CHANGE = frozenset({"dataset", "workspace", "device", "threads", "loader_processes", "cache_gb", "workers", "checkpoint_minutes",
-                            "mirror_tta", "fresh"})
+                            "keep_checkpoints", "mirror_tta", "fresh"})
 
 
 def to_json(config: Any) -> dict:

@@ -7,8 +7,8 @@ PACKAGE = Path(__file__).parents[1] / "pgps_jax"
 
 # Lowest first. A file may import from the floors below its own, and from its own floor as long as that makes no circle.
 FLOORS: list[set[str]] = [
-    {"__init__", "errors", "json_file", "architecture", "data.__init__", "train.__init__", "infer.__init__", "evaluate.__init__",
-     "interop.__init__", "report.__init__"},
+    {"__init__", "errors", "json_file", "architecture", "host_memory", "data.__init__", "train.__init__", "infer.__init__",
+     "evaluate.__init__", "interop.__init__", "report.__init__"},
     {"data.labels", "data.nifti", "data.resample", "interop.pickles", "interop.nnunet_names", "interop.monai_names", "interop.nnunet_model",
      "interop.pretrained", "models.conv", "models.blocks", "models.attention", "train.spatial", "train.intensity", "train.accumulate",
      "report.run_log"},
@@ -23,8 +23,8 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"chosen_network"},
     {"workspace", "commands"},
-    {"train.health", "train.meter", "train.setup", "train.sizing", "train.online_validation", "train.loop",
-     "infer.export", "infer.predict"},
+    {"train.health", "train.meter", "train.setup", "train.pretrained", "train.sizing", "train.online_validation", "train.loop",
+     "train.recovery", "infer.export", "infer.predict"},
     {"validate"},
     {"exchange"},
     {"main"},

@@ -1,7 +1,11 @@
-"""What a run leaves to read: metrics.jsonl for programs, train.log and the console for people.
+"""What a run leaves to read: metrics.jsonl and events.jsonl for programs, train.log and the console for people.
 
-Every line of metrics.jsonl is one JSON object with `kind` (step, epoch, stage, ...) and `step`. A resumed run first drops the
-records that its checkpoint does not know, so that the file has neither gaps nor doubles.
+metrics.jsonl holds what training did: every line is one JSON object with `kind` (step, epoch, stage, ...) and `step`. A
+resumed run first drops the records that its checkpoint does not know, so that the file has neither gaps nor doubles.
+events.jsonl holds what happened to the run (starts, warnings, rollbacks, stops); nothing is ever dropped from it.
+
+A file that cannot be written for a while, because a disk is full or a network folder gone, costs nothing: what was to
+be written waits in memory.
 """
 
 import json
@@ -14,9 +18,11 @@ from rich.console import Console
 
 console = Console(stderr=False, highlight=False, soft_wrap=True)
 
+SECONDS_BETWEEN_WRITES = 2.0  # of step records, for those who watch a run
+
 
 def read_records(path: Path) -> list[dict]:
-    """Complete records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """Complete records of a .jsonl file; a last line cut short by a kill is left out, and so is what is no record."""
     if not path.exists():
         return []
     records = []
@@ -30,53 +36,106 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
+class Appended:
+    """Lines on their way to the end of a file; they wait while it cannot be written.
+
+    The file is opened for every write: a folder that was away and came back is found again.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._waiting: list[bytes] = []
+        self._complete: int | None = None  # bytes of the file up to its last complete line, once something was written
+
+    def add(self, line: str) -> None:
+        """Take a line; `write` brings it to the file."""
+        self._waiting.append(line.encode() + b"\n")
+
+    def write(self, sync: bool = False) -> OSError | None:
+        """Append what waits, with `sync` down to the disk; returns what prevented it, and keeps the lines then."""
+        if not self._waiting and not sync:
+            return None
+        try:
+            with self._path.open("ab") as file:
+                complete = _end_of_last_line(self._path) if self._complete is None else min(self._complete, file.tell())
+                file.truncate(complete)  # behind it lies what a kill or a failed write left of a line
+                file.write(b"".join(self._waiting))
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+                self._complete = complete + sum(map(len, self._waiting))
+        except OSError as error:
+            return error
+        self._waiting.clear()
+        return None
+
+
+def _end_of_last_line(path: Path) -> int:
+    """Bytes of a file up to the end of its last complete line."""
+    with path.open("rb") as file:
+        return file.read().rfind(b"\n") + 1
+
+
 class RunLog:
-    """Appends to metrics.jsonl and train.log of one run folder; keeps the records in memory for plots and averages."""
+    """Appends to metrics.jsonl, events.jsonl and train.log of one run folder; keeps the records for plots and averages."""
 
     def __init__(self, folder: Path, first_step: int = 0):
-        self._metrics = folder / "metrics.jsonl"
-        self._text = (folder / "train.log").open("a")
-        self._begin(read_records(self._metrics), first_step)
+        self._path = folder / "metrics.jsonl"
+        self._text, self._events = Appended(folder / "train.log"), Appended(folder / "events.jsonl")
+        self.events = read_records(folder / "events.jsonl")
+        self._begin(read_records(self._path), first_step)
 
     def _begin(self, records: list[dict], first_step: int) -> None:
         self.records = [r for r in records if r.get("step", 0) < first_step]
-        temporary = self._metrics.with_suffix(".tmp")
+        temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        os.replace(temporary, self._metrics)
-        self._jsonl = self._metrics.open("a")
+        os.replace(temporary, self._path)
+        self._metrics, self._written_at = Appended(self._path), time.monotonic()
 
     def rewind(self, first_step: int) -> None:
         """Forget the records of `first_step` and later: the run goes back to a checkpoint."""
-        self._jsonl.close()
         self._begin(self.records, first_step)
 
     def record(self, kind: str, step: int, **values) -> dict:
         """Append one record; `step` is the index of the step that it is about."""
         entry = {"kind": kind, "step": step, **values}
         self.records.append(entry)
-        self._jsonl.write(json.dumps(entry) + "\n")
+        self._metrics.add(json.dumps(entry))
+        if time.monotonic() - self._written_at > SECONDS_BETWEEN_WRITES:
+            self._metrics.write()
+            self._written_at = time.monotonic()
+        return entry
+
+    def event(self, kind: str, **values) -> dict:
+        """Append one event, with the time."""
+        entry = {"kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **values}
+        self.events.append(entry)
+        self._events.add(json.dumps(entry))
+        self._events.write()
         return entry
 
     def say(self, text: str) -> None:
-        """One line for people, on the console and with the time in train.log."""
+        """One line for people, on the console and with the time in train.log; a warning is an event too."""
         console.print(text, markup=False)
-        self._text.write(time.strftime("%Y-%m-%d %H:%M:%S  ") + text + "\n")
-        self._text.flush()
+        self._text.add(time.strftime("%Y-%m-%d %H:%M:%S  ") + text)
+        self._text.write()
+        if text.startswith("warning: "):
+            self.event("warning", text=text.removeprefix("warning: "))
 
     def of_kind(self, kind: str) -> list[dict]:
         """Records of one kind, oldest first."""
         return [r for r in self.records if r["kind"] == kind]
 
-    def flush(self) -> None:
-        """Bring what was recorded to disk; call it before a checkpoint that counts on it."""
-        self._jsonl.flush()
-        os.fsync(self._jsonl.fileno())
+    def flush(self) -> OSError | None:
+        """Bring what was recorded to disk, before a checkpoint that counts on it; returns what prevented it."""
+        self._written_at = time.monotonic()
+        self._events.write()
+        return self._metrics.write(sync=True)
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Write what waits."""
         self.flush()
-        self._jsonl.close()
-        self._text.close()
+        self._text.write()
 
 
 def say(text: str) -> None:

@@ -1,12 +1,14 @@
 """Checkpoints of the training state; the only file that imports orbax.
 
-Two folders: `last` (the newest two, for going on after a stop) and `best` (one). Saving is asynchronous and atomic;
-a damaged checkpoint is reported and the one before it is used.
+Two folders: `last` (the newest few, for going on after a stop) and `best` (one). Saving is asynchronous and atomic; an
+older checkpoint is deleted only after a newer one is complete. A damaged checkpoint is reported and the one before it is used.
 """
 
 import json
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from pgps_jax.errors import InputError
 from pgps_jax.train.state import TrainState
 
 SPACE_FACTOR = 2.2  # free space asked for before saving, in sizes of the state: the new checkpoint exists beside the old
+RETRY_SECONDS = 60.0  # after a save that failed, instead of the usual time between checkpoints
+LAST_WAITS = (1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 240.0, 480.0)  # seconds between tries to save the end of a run: a quarter of an hour
+STOP_WAITS = (1.0, 5.0)  # of a run that was asked to stop: whoever asked will not wait long
 
 
 def _state_bytes(state: Any) -> int:
@@ -29,15 +34,18 @@ class Checkpoints:
     `say` receives sentences for the run's log. Close it (or use it as a context manager) so that the last save is on disk.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = print):
+    def __init__(self, folder: Path, say: Callable[[str], None] = print, keep: int = 2):
         self._folder = folder
         self.say = say
+        self._under_way: dict[str, int] = {}  # step that is being written in the background, by name
+        self._saved_at = time.monotonic()
+        self._failed = False
         self._managers = {
             name: ocp.CheckpointManager(
                 (folder / name).absolute(),
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+                options=ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True),
             )
-            for name, keep in (("last", 2), ("best", 1))
+            for name, kept in (("last", keep), ("best", 1))
         }
 
     def __enter__(self) -> "Checkpoints":
@@ -46,33 +54,83 @@ class Checkpoints:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def due(self, minutes: float) -> bool:
+        """Whether it is time to save: `minutes` after the save before, or a minute after one that failed."""
+        for name, manager in self._managers.items():
+            if name in self._under_way and not manager.is_saving_in_progress():
+                self._finish(name)
+        return time.monotonic() - self._saved_at > min(60 * minutes, RETRY_SECONDS if self._failed else float("inf"))
+
     def save(self, name: str, state: TrainState, step: int, description: dict) -> bool:
         """Start saving `state` after `step` updates under "last" or "best"; returns False when it was not saved.
 
-        A full disk or a lost folder is logged, never raised: hours of training weigh more than one checkpoint.
+        A full disk or a lost folder is said, never raised: hours of training weigh more than one checkpoint. Saves of
+        earlier steps are finished first, so that a new "last" never overtakes the "best" of an earlier step.
         """
-        manager = self._managers[name]
-        free = shutil.disk_usage(self._folder).free
-        if free < SPACE_FACTOR * _state_bytes(state):
-            self.say(f"warning: checkpoint of step {step} not saved: {free / 1e6:.0f} MB are free in {self._folder}, "
-                      f"{SPACE_FACTOR * _state_bytes(state) / 1e6:.0f} MB are wanted; older checkpoints are kept")
-            return False
+        for other in self._managers:
+            if self._under_way.get(other) != step:
+                self._finish(other)
+        self._saved_at = time.monotonic()
+        manager, wanted = self._managers[name], SPACE_FACTOR * _state_bytes(state)
         try:
-            manager.wait_until_finished()  # raises what went wrong with the save before
             if step in manager.all_steps():
                 return True
+            free = shutil.disk_usage(self._folder).free
+            if free < wanted:
+                raise OSError(f"{free / 1e6:.0f} MB are free in {self._folder}, {wanted / 1e6:.0f} MB are wanted")
             manager.save(step, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), description=ocp.args.JsonSave(description)))
-        except (OSError, ValueError) as error:
-            self.say(f"warning: checkpoint of step {step} not saved ({error}); training goes on")
+        except Exception as error:  # orbax raises many types for what the file system did
+            self.not_saved(step, error)
+            self._clean_up(name, step)
             return False
+        self._under_way[name] = step
         return True
+
+    def finish(self) -> bool:
+        """Wait until everything is on disk; False when something could not be written, which is said."""
+        return all([self._finish(name) for name in self._managers])
+
+    def has(self, name: str, step: int) -> bool:
+        """Whether the state after `step` updates is saved under "last" or "best"."""
+        return step in self._managers[name].all_steps()
+
+    def preempted(self, step: int) -> bool:
+        """Whether the machine has been told that it will be taken away; only JAX's distributed runtime gets such notices."""
+        return jax.distributed.is_initialized() and self._managers["last"].reached_preemption(step)
+
+    def _finish(self, name: str) -> bool:
+        """Wait for the save under way; False when it failed, which is said."""
+        step = self._under_way.pop(name, None)
+        if step is None:
+            return True
+        try:
+            self._managers[name].wait_until_finished()
+        except Exception as error:  # as above
+            self.not_saved(step, error)
+            self._clean_up(name, step)
+            return False
+        self._failed = False
+        return True
+
+    def not_saved(self, step: int, error: Exception) -> None:
+        """Say that there is no checkpoint of this step; it is tried again sooner than usual."""
+        self._failed, self._saved_at = True, time.monotonic()
+        self.say(f"warning: checkpoint of step {step} not saved ({error}); training goes on, older checkpoints are kept")
+
+    def _clean_up(self, name: str, step: int) -> None:
+        """Remove what a failed save left: on a full disk it is in the way of the next one."""
+        for leftover in (self._folder / name).glob(f"{step}.*tmp*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(OSError):  # the folder may be gone; it is read again after the next attempt
+            self._managers[name].reload()
 
     def restore(self, abstract_state: TrainState) -> TrainState | None:
         """Newest readable state under "last", or None where there are no checkpoints.
 
         Unreadable newer ones are reported and moved aside to `damaged/`. Raises InputError when none can be read.
         """
+        self.finish()
         manager = self._managers["last"]
         unreadable: dict[int, str] = {}
         for step in sorted(manager.all_steps(), reverse=True):
@@ -99,11 +157,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for saves under way and let go of the folder."""
-        for manager in self._managers.values():
-            try:
-                manager.wait_until_finished()
-            except (OSError, ValueError) as error:
-                self.say(f"warning: the last checkpoint could not be written: {error}")
+        for name, manager in self._managers.items():
+            self._finish(name)
             manager.close()
 
 

@@ -4,9 +4,7 @@ Everything here is known from compiling; nothing is executed, so nothing can fai
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,6 +12,7 @@ import jax
 from pgps_jax.architecture import Size
 from pgps_jax.curriculum import Stage
 from pgps_jax.errors import InputError
+from pgps_jax.host_memory import gib, host_bytes_left
 
 MOST_ELEMENTS = 2**31 - 1  # larger tensors leave cuDNN's fast kernels and want huge workspaces
 FINE_ENOUGH = 0.02  # a batch within this share of the largest that fits is not searched any further
@@ -59,51 +58,9 @@ def device_budget(fraction: float, stats: Sequence[dict[str, int] | None] | None
     return max(0, min(budgets))
 
 
-def host_bytes_left(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process can still take: MemAvailable or what its cgroup leaves, whichever is less."""
-    left = [_physical_bytes()]
-    for line in _lines(proc / "meminfo"):
-        if line.startswith("MemAvailable:"):
-            left = [1024 * int(line.split()[1])]
-    for line in _lines(proc / "self" / "cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2: limits of all ancestors hold
-            folder, limit, usage, cached = cgroup / path.lstrip("/"), "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            folder, limit, usage, cached = (cgroup / "memory" / path.lstrip("/"), "memory.limit_in_bytes",
-                                            "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        for place in (folder, *folder.parents):
-            maximum = _number(place / limit)
-            if maximum is not None:
-                reclaimable = [int(x.split()[1]) for x in _lines(place / "memory.stat") if x.split()[0] == cached]
-                left.append(maximum - (_number(place / usage) or 0) + sum(reclaimable))
-    return max(0, min(left))
-
-
-def _physical_bytes() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # half of all, where nobody knows better
-    except (AttributeError, ValueError, OSError):
-        return 4 * 2**30
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _number(path: Path) -> int | None:
-    lines = _lines(path)
-    return int(lines[0]) if lines and lines[0].isdecimal() else None
-
-
-def five_percent_rule(dataset_voxels: int, patch_size: Size) -> int:
-    """Batch that holds 5 % of the training voxels, and never less than 2: nnU-Net's upper limit when it plans."""
-    return max(2, round(0.05 * dataset_voxels / math.prod(patch_size)))
+def share_of_dataset(dataset_voxels: int | float, patch_size: Size, share: float = 0.05) -> int:
+    """Batch that holds 5 % (`share`) of the dataset's voxels, and never less than 2: nnU-Net's upper limit when it plans."""
+    return max(2, round(share * dataset_voxels / math.prod(patch_size)))
 
 
 def choose_batch_size(
@@ -128,7 +85,7 @@ def choose_batch_size(
         budget_bytes: what a program may use on each device.
         elements_per_patch: elements of the largest activation for one patch; the batch keeps it below 2^31.
         multiple_of: number of devices that share a batch.
-        max_batch: another upper limit, for example `five_percent_rule`.
+        max_batch: another upper limit, for example `share_of_dataset`.
         extra_bytes_per_patch: bytes on the device per patch of the batch outside the program (prefetched batches).
 
     Raises InputError if not even the smallest batch fits.
@@ -163,13 +120,13 @@ def choose_batch_size(
     patch = "x".join(map(str, stage.patch_size))
     if not low:
         least = measured[min(measured)]
-        wants = "more than the device has" if math.isinf(least) else _gib(least)
+        wants = "more than the device has" if math.isinf(least) else gib(least)
         raise InputError(
-            f"patch {patch}: even a batch of {min(measured)} needs {wants}, and {_gib(budget_bytes)} are free; "
+            f"patch {patch}: even a batch of {min(measured)} needs {wants}, and {gib(budget_bytes)} are free; "
             "use fewer features, a smaller patch or a larger --memory-fraction"
         )
-    why = f"limited by {limit}" if low == ceiling else f"the largest that fits {_gib(budget_bytes)}"
-    reason = f"patch {patch}: batch {low} needs {_gib(measured[low])}, {why} (tried {len(measured)}, first {first})"
+    why = f"limited by {limit}" if low == ceiling else f"the largest that fits {gib(budget_bytes)}"
+    reason = f"patch {patch}: batch {low} needs {gib(measured[low])}, {why} (tried {len(measured)}, first {first})"
     return BatchChoice(low, math.ceil(measured[low]), budget_bytes, reason)
 
 
@@ -195,7 +152,3 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def _gib(size: int | float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

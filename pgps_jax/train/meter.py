@@ -115,6 +115,11 @@ class Meter:
         """Highest moving average of the pseudo-Dice so far; -1 before the first epoch."""
         return max((r["pseudo_dice_ema"] for r in self._log.of_kind("epoch") if r["pseudo_dice_ema"] is not None), default=-1.0)
 
+    def best_step(self) -> int | None:
+        """Steps done when the moving average of the pseudo-Dice was highest so far; None before the first epoch."""
+        epochs = [r for r in self._log.of_kind("epoch") if r["pseudo_dice_ema"] is not None]
+        return max(epochs, key=lambda r: r["pseudo_dice_ema"])["step"] + 1 if epochs else None
+
     def forecast(self, step: int) -> str:
         """Seconds per step of the running stage and the time that the rest of the run will take on this machine.
 

@@ -1,4 +1,4 @@
-"""From an experiment to what JAX runs: network, first state, optimizer, and the program of each stage."""
+"""From an experiment to what JAX runs: network, first state, optimizer, the program of each stage, and its batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from pgps_jax.curriculum import Stage
-from pgps_jax.data.pipeline import PatchBatch
+from pgps_jax.data.pipeline import PatchBatch, PatchSource, PatchStream
 from pgps_jax.models import build, lowest_head
 from pgps_jax.models.conv import compiler_options
 from pgps_jax.train.augment import crop_size
@@ -60,3 +60,17 @@ def stage_lowering(run: Experiment, device: Device, graphdef: nnx.GraphDef, stat
 def stage_batch(run: Experiment, device: Device, stage: Stage) -> PatchBatch:
     """Shapes of a stage's batches as the host cuts them."""
     return abstract_batch(device, stage.batch_size, crop_size(run.policy, stage.patch_size), run.channels, run.label_dtype)
+
+
+def open_stream(run: Experiment, device: Device, first_step: int, say: Callable[[str], None]) -> PatchStream:
+    """Batches from `first_step` on, read and cropped by threads or processes."""
+    config = run.config
+    return PatchStream(training_source(run, device), first_step, threads=config.threads, processes=config.loader_processes, say=say)
+
+
+def training_source(run: Experiment, device: Device) -> PatchSource:
+    """Every training batch of the run by its step."""
+    crops = [crop_size(run.policy, stage.patch_size) for stage in run.schedule.stages]
+    cache_bytes = int(run.config.cache_gb * 1e9) // max(run.config.loader_processes, 1)  # every process has its own
+    return PatchSource(run.store, run.train_ids, run.schedule, run.config.sampling, crops, run.configuration.batch_size,
+                       seed=run.config.seed, image_dtype=device.transport, label_dtype=run.label_dtype, cache_bytes=cache_bytes)

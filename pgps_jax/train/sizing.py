@@ -1,6 +1,7 @@
 """Before a run's first step: batch sizes that fill the device, and a length that fits a time budget.
 
-Both need compiled programs, so they are found once, written to schedule.json and read again on resume.
+Both need compiled programs, so they are found once, written to schedule.json and read again on resume. The length is
+corrected at the ends of stages, when more is known.
 """
 
 import dataclasses
@@ -12,16 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgps_jax.curriculum import Schedule, Stage, batch_policy, with_batch_sizes
-from pgps_jax.pacing import fit_to_seconds
-from pgps_jax.train.device import open_device
-from pgps_jax.train.memory import choose_batch_size, device_budget
+from pgps_jax.curriculum import Schedule, Stage, batch_policy, parts_at_least, with_batch_sizes
+from pgps_jax.pacing import fit_to_seconds, rescale_rest
+from pgps_jax.train.device import Device, open_device
+from pgps_jax.train.memory import choose_batch_size, device_budget, is_out_of_memory, program_bytes, share_of_dataset
+from pgps_jax.train.meter import Meter
 from pgps_jax.train.setup import initial_state, program_options, stage_batch, stage_lowering
-from pgps_jax.workspace import Experiment, planned_schedule, with_schedule
+from pgps_jax.workspace import Experiment, planned_schedule, store_schedule, with_schedule
 
 PREFETCHED_BATCHES = 2  # that wait on the device beside the one in use
 TIMED_STEPS = 3
 SHARE_OF_STEPS = 0.9  # of a time budget; the rest is for compiling, validation and checkpoints
+WORTH_CORRECTING = 0.03  # share by which the rest of a schedule may miss its time budget before it is changed
 
 
 def sized(run: Experiment, say: Callable[[str], None]) -> Experiment:
@@ -95,3 +98,17 @@ def seconds_per_step(run: Experiment, device, stage: Stage) -> float:
         jax.block_until_ready(metrics)
         taken.append(time.perf_counter() - began)
     return float(np.median(taken[1:]))
+
+
+def in_time(run: Experiment, meter: Meter, done: int, say: Callable[[str], None]) -> Experiment:
+    """Stretch or shorten what is left of the schedule so that the time budget is kept; the same run if it is close enough."""
+    left = 3600 * run.config.max_hours * SHARE_OF_STEPS - meter.seconds_spent()
+    schedule = rescale_rest(run.schedule, done, meter.seconds_per_step, max(left, 1.0))
+    longest = run.config.epochs * run.config.steps_per_epoch
+    change = (schedule.num_steps - run.num_steps) / max(run.num_steps - done, 1)
+    if abs(change) < WORTH_CORRECTING or schedule.num_steps > longest:
+        return run
+    corrected = with_schedule(run, schedule)
+    store_schedule(corrected)
+    say(f"{run.num_steps} steps were planned; {corrected.num_steps} keep the budget of {run.config.max_hours:g} hours")
+    return corrected

@@ -2,7 +2,7 @@
 
 import json
 
-from pgps_jax.report.run_log import RunLog, read_records
+from pgps_jax.report.run_log import Appended, RunLog, read_records
 
 
 def test_records_come_back_as_they_were_written(tmp_path):
@@ -37,3 +37,48 @@ def test_what_is_said_is_also_in_the_text_log(tmp_path):
     log.say("stage 3 [begins]")
     log.close()
     assert "stage 3 [begins]" in (tmp_path / "train.log").read_text()
+
+
+def test_what_cannot_be_written_for_a_while_waits_and_comes_complete(tmp_path):
+    folder, away = tmp_path / "run", tmp_path / "away"
+    folder.mkdir()
+    log = RunLog(folder)
+    log.record("step", 0)
+    assert log.flush() is None
+    folder.rename(away)
+    log.record("step", 1)
+    log.say("warning: something")
+    assert isinstance(log.flush(), OSError)
+    away.rename(folder)
+    log.record("step", 2)
+    assert log.flush() is None
+    log.close()
+    assert [r["step"] for r in read_records(folder / "metrics.jsonl")] == [0, 1, 2]
+    assert (folder / "train.log").read_text().count("something") == 1
+    assert [e["text"] for e in read_records(folder / "events.jsonl")] == ["something"]
+
+
+def test_a_line_of_which_a_full_disk_took_only_a_part_is_written_again_whole(tmp_path):
+    lines = Appended(tmp_path / "x.jsonl")
+    lines.add('{"a": 1}')
+    lines.write()
+    with (tmp_path / "x.jsonl").open("a") as file:
+        file.write('{"a": ')
+    lines.add('{"a": 2}')
+    lines.write()
+    later = Appended(tmp_path / "x.jsonl")  # another session, after a kill in the middle of a line
+    with (tmp_path / "x.jsonl").open("a") as file:
+        file.write('{"a"')
+    later.add('{"a": 3}')
+    later.write()
+    assert read_records(tmp_path / "x.jsonl") == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+def test_events_are_kept_when_the_run_goes_back(tmp_path):
+    log = RunLog(tmp_path)
+    log.event("start", step=0)
+    log.record("step", 0)
+    log.rewind(0)
+    log.close()
+    assert [e["kind"] for e in RunLog(tmp_path).events] == ["start"]
+    assert read_records(tmp_path / "metrics.jsonl") == []

@@ -81,3 +81,77 @@ def test_when_no_checkpoint_can_be_read_nothing_starts_over_silently(tmp_path):
     shutil.rmtree(tmp_path / "last" / "1" / "state")
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(InputError, match="no checkpoint can be read"):
         checkpoints.restore(abstract(state_at(0)))
+
+
+def steps_in(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_when_writing_fails_halfway_nothing_is_lost_and_the_next_save_is_not_spoilt(tmp_path, monkeypatch):
+    said = []
+    with Checkpoints(tmp_path, said.append) as checkpoints:
+        for step in (1, 2):
+            assert checkpoints.save("last", state_at(step), step, {})
+        assert checkpoints.finish()
+        checkpoints.save("last", state_at(3), 3, {})
+        real = module.ocp.CheckpointManager.wait_until_finished
+
+        def disk_full(self):
+            real(self)
+            (tmp_path / "last" / "3").rename(tmp_path / "last" / "3.orbax-checkpoint-tmp")
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module.ocp.CheckpointManager, "wait_until_finished", disk_full)
+            assert not checkpoints.finish()
+        assert steps_in(tmp_path / "last") == ["2"]
+        assert checkpoints.save("last", state_at(4), 4, {})
+    assert len(said) == 1 and "step 3 not saved" in said[0] and "older checkpoints are kept" in said[0]
+    assert steps_in(tmp_path / "last") == ["2", "4"]
+
+
+def test_a_folder_that_goes_away_and_comes_back_costs_only_the_saves_in_between(tmp_path):
+    said, folder = [], tmp_path / "checkpoints"
+    with Checkpoints(folder, said.append) as checkpoints:
+        checkpoints.save("last", state_at(1), 1, {})
+        checkpoints.finish()
+        folder.rename(tmp_path / "away")
+        assert not checkpoints.save("last", state_at(2), 2, {})
+        assert not folder.exists(), "a folder in place of a vanished mount would fill the wrong disk"
+        (tmp_path / "away").rename(folder)
+        assert checkpoints.save("last", state_at(3), 3, {})
+    assert steps_in(folder / "last") == ["1", "3"]
+    assert any("step 2 not saved" in line for line in said)
+
+
+def test_after_a_save_that_failed_the_next_is_due_within_a_minute(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with Checkpoints(tmp_path, lambda _: None) as checkpoints:
+        now[0] += 300
+        assert not checkpoints.due(10.0)
+        now[0] += 301
+        assert checkpoints.due(10.0)
+        checkpoints.not_saved(5, OSError("full"))
+        assert not checkpoints.due(10.0)
+        now[0] += module.RETRY_SECONDS + 1
+        assert checkpoints.due(10.0)
+        checkpoints.save("last", state_at(6), 6, {})
+        checkpoints.finish()
+        now[0] += module.RETRY_SECONDS + 1
+        assert not checkpoints.due(10.0)
+
+
+def test_going_back_waits_for_the_save_under_way_instead_of_taking_it_for_damaged(tmp_path):
+    said = []
+    with Checkpoints(tmp_path, said.append) as checkpoints:
+        checkpoints.save("last", state_at(1), 1, {})
+        assert_equal(checkpoints.restore(abstract(state_at(0))), state_at(1))
+    assert not said
+
+
+def test_as_many_checkpoints_are_kept_as_asked(tmp_path):
+    with Checkpoints(tmp_path, keep=4) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save("last", state_at(step), step, {})
+    assert steps_in(tmp_path / "last") == ["4", "5", "6", "7"]

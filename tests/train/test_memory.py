@@ -14,10 +14,9 @@ from pgps_jax.train.memory import (
     MOST_COMPILES,
     choose_batch_size,
     device_budget,
-    five_percent_rule,
-    host_bytes_left,
     is_out_of_memory,
     program_bytes,
+    share_of_dataset,
 )
 
 STAGE = Stage(0, (8, 8, 8), 2)
@@ -156,30 +155,7 @@ def test_cpu_devices_share_what_the_machine_has_left():
     assert half == pytest.approx(whole / 2, rel=0.2)
 
 
-@pytest.mark.parametrize(("line", "folder", "limit", "usage", "cached"), [
-    ("0::/job/task", "job", "memory.max", "memory.current", "inactive_file"),
-    ("4:memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-])
-def test_the_limit_of_a_container_counts_where_it_is_less_than_the_machine_has(
-    tmp_path, line, folder, limit, usage, cached
-):
-    (tmp_path / "proc" / "self").mkdir(parents=True)
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable: 2000 kB\n")
-    (tmp_path / "proc" / "self" / "cgroup").write_text(line + "\n")
-    left = lambda: host_bytes_left(tmp_path / "proc", tmp_path / "cgroup")  # noqa: E731
-    assert left() == 2000 * 1024
-
-    group = tmp_path / "cgroup" / folder
-    group.mkdir(parents=True)
-    (group / limit).write_text("1000000\n")
-    (group / usage).write_text("700000\n")
-    (group / "memory.stat").write_text(f"anon 600000\n{cached} 50000\n")
-    assert left() == 350_000
-    (group / limit).write_text("max\n")
-    assert left() == 2000 * 1024
-
-
-def test_the_five_percent_rule():
-    assert five_percent_rule(260 * 36 * 50 * 35, (40, 56, 40)) == 9
-    assert five_percent_rule(1000, (128, 128, 128)) == 2
-    assert five_percent_rule(10**9, (10, 10, 10)) == 50_000
+def test_the_share_of_dataset():
+    assert share_of_dataset(260 * 36 * 50 * 35, (40, 56, 40)) == 9
+    assert share_of_dataset(1000, (128, 128, 128)) == 2
+    assert share_of_dataset(10**9, (10, 10, 10)) == 50_000
