@@ -18,11 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from pgps_jax.errors import InputError
+from pgps_jax.errors import InputError, brief
 
 _LARGEST_PROPERTIES = 2**30  # bytes; locations of some hundred classes take some tens of MB
 _LARGEST_STRUCTURE = 2**28  # bytes of a checkpoint's pickle, which holds names and shapes but no numbers of tensors
-_FORBIDDEN_OPCODES = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}  # objects of classes; none needed
+MOST_OPERATIONS = 10**7  # of a pickle; the log of 8000 epochs with 100 classes takes some millions
+MOST_VALUES = 2 * 10**7  # of what a pickle means, counting what it shares every time that it is met
+LARGEST_TUPLE, LARGEST_KEY = 10**4, 64  # values in it, those of tuples in it included: each use as a key walks through all
+MOST_AXES = 32
+_CLASS_OPCODES = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}  # objects of classes; none needed
+_SET_OPCODES = {"EMPTY_SET", "ADDITEMS", "FROZENSET"}  # none needed either
 _MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}  # a huge index would make the reader allocate that many slots
 _TORCH_STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -38,9 +43,14 @@ def read_properties(path: Path) -> dict[str, Any]:
         InputError: the file is damaged, too large, or asks for anything but plain values.
     """
     path = Path(path)
-    if path.stat().st_size > _LARGEST_PROPERTIES:
-        raise InputError(f"{path}: {path.stat().st_size} bytes are too many for the properties of one case.")
-    properties = _load(path.read_bytes(), path, _array_names(), None)
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_PROPERTIES + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); preprocess the case again.") from None
+    if len(data) > _LARGEST_PROPERTIES:
+        raise InputError(f"{path}: more than {_LARGEST_PROPERTIES} bytes are too many for the properties of one case.")
+    properties = _load(data, path, _array_names(), None)
     if not isinstance(properties, dict):
         raise InputError(f"{path}: expected a dictionary of case properties, found {type(properties).__name__}.")
     return properties
@@ -55,24 +65,34 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         InputError: no zip checkpoint, damaged, or it asks for anything but tensors, numbers and containers.
     """
     path = Path(path)
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            checkpoint = _from_archive(archive, path)
+    except InputError:
+        raise
+    except zipfile.BadZipFile as error:
         raise InputError(
-            f"{path} is not a checkpoint in torch's zip format; files of torch before 1.6 must be saved again with a "
-            "current torch."
-        )
-    with zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        pickled = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(pickled) != 1:
-            raise InputError(f"{path}: a torch checkpoint has exactly one data.pkl, this one has {len(pickled)}.")
-        prefix = pickled[0].removesuffix("data.pkl")
-        storages = _Storages(archive, members, prefix, path)
-        if members[pickled[0]].file_size > _LARGEST_STRUCTURE:
-            raise InputError(f"{path}: its data.pkl is larger than any checkpoint needs; refused.")
-        checkpoint = _load(storages.read("data.pkl"), path, _array_names() | _torch_names(), storages.of_key)
+            f"{path} is damaged, or not a checkpoint in torch's zip format ({error}); files of torch before 1.6 must be saved again with "
+            "a current torch."
+        ) from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: this file is missing.") from None
+    except Exception as error:  # zipfile raises many types for damaged archives
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); copy it again from where it came.") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path}: expected a dictionary, found {type(checkpoint).__name__}.")
     return checkpoint
+
+
+def _from_archive(archive: zipfile.ZipFile, path: Path) -> Any:
+    members = {info.filename: info for info in archive.infolist()}
+    pickled = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickled) != 1:
+        raise InputError(f"{path}: a torch checkpoint has exactly one data.pkl, this one has {len(pickled)}.")
+    storages = _Storages(archive, members, pickled[0].removesuffix("data.pkl"), path)
+    if members[pickled[0]].file_size > _LARGEST_STRUCTURE:
+        raise InputError(f"{path}: its data.pkl is larger than any checkpoint needs; refused.")
+    return _load(storages.read("data.pkl"), path, _array_names() | _torch_names(), storages.of_key)
 
 
 # ------------------------------------------------------------------------------------------------------- the reader
@@ -93,10 +113,13 @@ class _Allowed:
         raise pickle.UnpicklingError("a function may not be given a state")
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):
+    """Python's own machine for pickles, written in Python, so that what it does can be checked while it does it."""
+
     def __init__(self, data: bytes, names: dict[tuple[str, str], Callable], storage_of: Callable | None):
         super().__init__(io.BytesIO(data))
         self._names, self._storage_of = names, storage_of
+        self._tuples: dict[int, tuple[int, tuple]] = {}  # number of values in each tuple; holding it keeps its id its own
 
     def find_class(self, module, name):
         if (module, name) not in self._names:
@@ -108,43 +131,95 @@ class _Reader(pickle.Unpickler):
             raise pickle.UnpicklingError("it refers to data outside of itself")
         return self._storage_of(key)
 
+    def size(self, value) -> int:
+        """Number of values in nested tuples."""
+        return self._tuples.get(id(value), (len(value), value))[0] if isinstance(value, tuple) else 1
+
+    def note_tuple(self):
+        made = self.stack[-1]
+        size = 1 + sum(map(self.size, made))
+        if size > LARGEST_TUPLE:
+            raise pickle.UnpicklingError("it holds a tuple of too many values")
+        self._tuples[id(made)] = size, made
+
+    def check_keys(self, keys):
+        if any(self.size(key) > LARGEST_KEY for key in keys):
+            raise pickle.UnpicklingError("a dictionary has a key of too many values")
+
+    def set_item(self):
+        self.check_keys(self.stack[-2:-1])
+        self.load_setitem()
+
+    def set_items(self):
+        self.check_keys(self.stack[::2])
+        self.load_setitems()
+
+    def build(self):
+        made = self.stack[-2]
+        if isinstance(made, OrderedDict):  # torch's state dicts carry versions of their modules, which are not needed
+            self.stack.pop()
+        elif isinstance(made, _Array | _Dtype):
+            self.load_build()
+        else:
+            raise pickle.UnpicklingError("it gives a state to what has none")
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.SETITEM[0]: set_item, pickle.SETITEMS[0]: set_items, pickle.BUILD[0]: build}
+    for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+        dispatch[code[0]] = lambda self, make=dispatch[code[0]]: (make(self), self.note_tuple())
+
 
 def _load(data: bytes, path: Path, names: dict, storage_of: Callable | None) -> Any:
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in _FORBIDDEN_OPCODES:
-                raise pickle.UnpicklingError(f"it makes objects of classes ({opcode.name})")
-            if opcode.name in _MEMO_OPCODES and argument > len(data):
-                raise pickle.UnpicklingError("it numbers more objects than it can hold")
-        return _finished(_Reader(data, names, storage_of).load(), {})
+        _check_operations(data)
+        return _finished(_Reader(data, names, storage_of).load(), {})[0]
     except InputError:
         raise
     except Exception as error:  # a damaged file can fail in any way; none of them is the program's fault
         raise InputError(f"{path} was refused: {error}. Only numbers, arrays and containers are read.") from error
 
 
-def _finished(value: Any, known: dict[int, Any]) -> Any:
-    """The value with every `_Array` replaced by its array; what the file shares stays shared."""
+def _check_operations(data: bytes) -> None:
+    """Look through a pickle without doing what it says."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name in _CLASS_OPCODES:
+            raise pickle.UnpicklingError(f"it makes objects of classes ({opcode.name})")
+        if opcode.name in _SET_OPCODES:
+            raise pickle.UnpicklingError(f"it makes sets ({opcode.name})")
+        if opcode.name in _MEMO_OPCODES and argument > len(data):
+            raise pickle.UnpicklingError("it numbers more objects than it can hold")
+        if type(argument) is int and abs(argument) >= 2**64:
+            raise pickle.UnpicklingError("it holds a number of more than 64 bits")
+        if type(argument) is str:
+            argument.encode()  # half a character can neither be printed nor be a name
+        if count > MOST_OPERATIONS:
+            raise pickle.UnpicklingError(f"it takes more than {MOST_OPERATIONS} operations to read")
+
+
+def _finished(value: Any, known: dict[int, tuple | None]) -> tuple[Any, int]:
+    """The value with every `_Array` replaced by its array, and the number of values in it; what the file shares stays shared."""
     if isinstance(value, _Array):
-        return value.array
+        return value.array, 1
+    if isinstance(value, _Dtype | _Storage | _Allowed):
+        return str(value), 1
+    if not isinstance(value, dict | list | tuple):
+        return value, 1
     if id(value) in known:
-        return known[id(value)][0]
+        if known[id(value)] is None:
+            raise pickle.UnpicklingError("a container holds itself")
+        return known[id(value)][:2]
+    known[id(value)] = None
+    inner = [part for item in value.items() for part in item] if isinstance(value, dict) else value
+    parts = [_finished(part, known) for part in inner]
+    size = 1 + sum(size for _, size in parts)
+    if size > MOST_VALUES:
+        raise pickle.UnpicklingError(f"what it shares adds up to more than {MOST_VALUES} values")
+    plain = [part for part, _ in parts]
     if isinstance(value, dict):
-        done = {}
-        known[id(value)] = done, value
-        done.update((_finished(k, known), _finished(v, known)) for k, v in value.items())
-    elif isinstance(value, list):
-        done = []
-        known[id(value)] = done, value
-        done.extend(_finished(v, known) for v in value)
-    elif isinstance(value, tuple):
-        done = tuple(_finished(v, known) for v in value)
-        known[id(value)] = done, value
-    elif isinstance(value, (_Dtype, _Storage, _Allowed)):
-        done = str(value)
+        done = dict(zip(plain[::2], plain[1::2], strict=True))
     else:
-        done = value
-    return done
+        done = tuple(plain) if isinstance(value, tuple) else plain
+    known[id(value)] = done, size, value  # holding the value keeps its id its own
+    return done, size
 
 
 # -------------------------------------------------------------------------------------------------- NumPy's stand-ins
@@ -155,11 +230,11 @@ class _Dtype:
 
     def __init__(self, code, align=False, copy=True):
         if not (isinstance(code, str) and re.fullmatch(r"[biufc]\d{1,2}", code)):
-            raise pickle.UnpicklingError(f"arrays of type {code!r} are not numbers")
+            raise pickle.UnpicklingError(f"arrays of type {brief(code)} are not numbers")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state):
-        if state[1] not in ("<", ">", "|", "="):
+        if not isinstance(state, tuple) or state[1] not in ("<", ">", "|", "="):
             raise pickle.UnpicklingError("an array's byte order is not understood")
         self.dtype = self.dtype.newbyteorder(state[1])
 
@@ -177,7 +252,14 @@ class _Array:
         self.array = _array(raw, dtype, shape, "F" if fortran else "C")
 
 
+def _check_axes(*lengths) -> None:
+    for axes in lengths:
+        if not isinstance(axes, tuple) or len(axes) > MOST_AXES or not all(isinstance(n, int) and n >= 0 for n in axes):
+            raise pickle.UnpicklingError("an array's shape is not understood")
+
+
 def _array(raw, dtype, shape, order) -> np.ndarray:
+    _check_axes(shape)
     if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
         raise pickle.UnpicklingError("an array is not made of plain bytes")
     if len(raw) != math.prod(shape) * dtype.dtype.itemsize:
@@ -200,7 +282,7 @@ def _array_names() -> dict[tuple[str, str], Callable]:
         raise pickle.UnpicklingError("it makes an array in an unknown way")
 
     names: dict[tuple[str, str], Callable] = {
-        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "OrderedDict"): lambda: OrderedDict(),  # filled item by item
         ("numpy", "ndarray"): never,
         ("numpy", "dtype"): _Dtype,
         ("_codecs", "encode"): _latin1,
@@ -262,8 +344,8 @@ def _numpy_dtype(name: str) -> np.dtype:
 
 
 def _tensor(storage, offset, size, stride, *ignored) -> _Array:
-    numbers = (offset, *size, *stride)
-    if not isinstance(storage, _Storage) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+    _check_axes(size, stride, (offset,))
+    if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor is not understood")
     values = storage.values
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -275,12 +357,18 @@ def _tensor(storage, offset, size, stride, *ignored) -> _Array:
     return tensor
 
 
+def _size(axes=()) -> tuple[int, ...]:
+    size = tuple(axes) if isinstance(axes, list) else axes
+    _check_axes(size)
+    return size
+
+
 def _torch_names() -> dict[tuple[str, str], Callable]:
     names: dict[tuple[str, str], Callable] = {
         ("torch._utils", "_rebuild_tensor_v2"): _tensor,
         ("torch._utils", "_rebuild_parameter"): lambda tensor, *ignored: tensor,
-        ("torch", "Size"): lambda *size: tuple(*size),
-        ("torch", "device"): lambda *device: ":".join(map(str, device)),
+        ("torch", "Size"): _size,
+        ("torch", "device"): lambda *device: ":".join(str(part) for part in device if isinstance(part, str | int)),
     }
     for storage, dtype in _TORCH_STORAGES.items():
         names["torch", storage] = lambda dtype=dtype: dtype

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pgps_jax.errors import InputError
+from pgps_jax.interop import pickles
 from pgps_jax.interop.pickles import read_checkpoint, read_properties
 
 PROPERTIES = {
@@ -96,14 +97,64 @@ def test_a_damaged_pickle_is_refused_with_a_sentence(tmp_path, data):
         read_properties(path)
 
 
-def test_shared_references_do_not_multiply(tmp_path):
+def test_shared_references_stay_shared(tmp_path):
     value = [1]
-    for _ in range(60):
-        value = [value, value]  # 2**60 leaves if it were copied
+    for _ in range(20):
+        value = [value, value]
     path = tmp_path / "case.pkl"
     path.write_bytes(pickle.dumps({"v": value}))
     read = read_properties(path)["v"]
     assert read[0] is read[1]
+
+
+def nested(depth, value=(1,)):
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+def nested_list(depth, value=1):
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+def endless():
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (pickle.dumps({"v": nested_list(60)}), "shares"),  # 2**60 values for whoever looks at each of them
+        (pickle.dumps({"v": nested(60)}), "tuple of too many"),
+        (pickle.dumps({"v": endless()}), "holds itself"),
+        # {((..), (..)): 1}: the hash of a tuple is computed again each time, 2**40 of them
+        (pickle.dumps(nested(40))[:-1] + b"}" + b"\x94" + b"2K\x01s.", "tuple of too many"),
+        (pickle.dumps({nested(6): 1}), "key of too many"),
+        (pickle.dumps({"v": 2**64}), "64 bits"),
+        (pickle.dumps({"v": {1, 2}}), "sets"),
+        (b"\x80\x02}X\x01\x00\x00\x00vcnumpy\ndtype\n" + pickle.dumps(nested_list(40), 2)[2:-1] + b"\x85Rs.", "are not numbers"),
+        (b"\x80\x04\x8c\x03\xed\xa0\x80.", "surrogates|utf-8"),
+        (b"\x80\x02" + b"]0" * 6_000_000 + b"}.", "operations"),
+    ],
+    ids=["list", "tuple", "itself", "hash", "key", "number", "set", "repr", "text", "long"],
+)
+def test_a_pickle_that_would_never_end_is_refused(tmp_path, monkeypatch, data, words):
+    monkeypatch.setattr(pickles, "MOST_OPERATIONS", 10**5)
+    path = tmp_path / "case.pkl"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=rf"case\.pkl was refused.*({words})"):
+        read_properties(path)
+
+
+def test_missing_files_are_said_to_be_missing(tmp_path):
+    with pytest.raises(InputError, match=r"case\.pkl"):
+        read_properties(tmp_path / "case.pkl")
+    with pytest.raises(InputError, match=r"x\.pth.*missing"):
+        read_checkpoint(tmp_path / "x.pth")
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -196,6 +247,24 @@ def test_compressed_and_foreign_files_are_refused(tmp_path, monkeypatch):
     path.write_bytes(b"\x80\x02old torch format")
     with pytest.raises(InputError, match="zip format"):
         read_checkpoint(path)
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(tmp_path, monkeypatch):
+    path, rng = tmp_path / "x.pth", np.random.default_rng(0)
+    values = rng.normal(size=64).astype(np.float32)
+    content = {"network_weights": {"w": tensor("FloatStorage", "0", 64, 0, (64,), (1,))}}
+    write_checkpoint(monkeypatch, path, content, {"0": values})
+    good, refused = path.read_bytes(), 0
+    for position in rng.permutation(len(good) * 8)[:1500].tolist():
+        bad = bytearray(good)
+        bad[position // 8] ^= 1 << position % 8
+        path.write_bytes(bytes(bad))
+        try:
+            np.testing.assert_array_equal(read_checkpoint(path)["network_weights"]["w"], values)
+        except InputError as error:
+            assert "x.pth" in str(error)
+            refused += 1
+    assert refused > 500
 
 
 def test_a_checkpoint_that_nnunet_wrote_is_read_without_torch(real_parity):
