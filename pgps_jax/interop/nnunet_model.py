@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgps_jax.errors import InputError
+from pgps_jax.errors import InputError, brief
 from pgps_jax.interop.nnunet_names import params_from_state_dict, state_dict_from_params
 from pgps_jax.interop.pickles import read_checkpoint
+from pgps_jax.json_file import read_json
 
 Fold = int | str  # 0, 1, ... or "all"
 
@@ -52,7 +53,8 @@ def read_nnunet_model(
         InputError: a file is missing or damaged, or the folds are not of one model.
     """
     folder = Path(results_folder)
-    plans, dataset = (_read_json(folder / name) for name in ("plans.json", "dataset.json"))
+    cure = "give the folder that nnU-Net's training has written"
+    plans, dataset = (read_json(folder / name, cure=cure) for name in ("plans.json", "dataset.json"))
     folds = find_folds(folder, checkpoint) if folds is None else tuple(folds)
     if not folds:
         raise InputError(f"{folder} has no fold_*/{checkpoint}; give the folder that nnU-Net's training has written.")
@@ -61,20 +63,36 @@ def read_nnunet_model(
         path = folder / f"fold_{fold}" / checkpoint
         if not path.is_file():
             raise InputError(f"{path} does not exist; folds with a checkpoint: {find_folds(folder, checkpoint)}.")
-        contents = read_checkpoint(path)
-        try:
-            weights, configuration = contents["network_weights"], contents["init_args"]["configuration"]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a checkpoint of nnU-Net: it has no {error}.") from error
-        planar = any(getattr(array, "ndim", 0) == 4 for array in weights.values())
-        axes = contents.get("inference_allowed_mirroring_axes") or ()
-        params.append(params_from_state_dict(weights))
-        about.append((configuration, tuple(a + planar for a in axes), contents.get("trainer_name", "nnUNetTrainer")))
+        weights, facts = _understood(read_checkpoint(path), path)
+        params.append(weights)
+        about.append(facts)
+    configuration = about[0][0]
     if len(set(about)) > 1:
         raise InputError(f"{folder}: folds {folds} differ in configuration, mirroring axes or trainer: {about}.")
-    if configuration not in plans.get("configurations", {}):
+    if not isinstance(plans.get("configurations"), dict) or configuration not in plans["configurations"]:
         raise InputError(f"{folder / 'plans.json'} has no configuration '{configuration}', which the checkpoint is of.")
     return NnunetModel(plans, dataset, configuration, tuple(params), *about[0][1:])
+
+
+def _understood(contents: dict, path: Path) -> tuple[dict, tuple[str, tuple[int, ...], str]]:
+    """Our parameter tree of a checkpoint, and its configuration, mirroring axes and trainer."""
+    try:
+        weights, configuration = contents["network_weights"], contents["init_args"]["configuration"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a checkpoint of nnU-Net: it has no {error}.") from error
+    trainer, axes = contents.get("trainer_name", "nnUNetTrainer"), contents.get("inference_allowed_mirroring_axes") or ()
+    if not isinstance(weights, dict) or not all(isinstance(n, str) and isinstance(a, np.ndarray) for n, a in weights.items()):
+        raise InputError(f"{path} is not a checkpoint of nnU-Net: its network_weights are not arrays by name.")
+    if not isinstance(configuration, str) or not isinstance(trainer, str):
+        raise InputError(f"{path} is not a checkpoint of nnU-Net: configuration and trainer_name must be text.")
+    planar = any(array.ndim == 4 for array in weights.values())
+    if not isinstance(axes, list | tuple) or not all(type(a) is int and 0 <= a < 3 - planar for a in axes):
+        raise InputError(f"{path}: the mirroring axes {brief(axes)} are no axes of its images.")
+    try:
+        tree = params_from_state_dict(weights)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: its network_weights are not those of a network that is known ({error}).") from None
+    return tree, (configuration, tuple(a + planar for a in axes), trainer)
 
 
 def write_nnunet_model(
@@ -230,15 +248,6 @@ def _patch_size(plans: Mapping[str, Any], configuration: str) -> Sequence[int]:
         seen.append(configuration)
         configuration = configurations[configuration].get("inherits_from")
     raise InputError(f"The plans have no patch_size for configuration '{seen[0] if seen else configuration}'.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; give the folder that nnU-Net's training has written.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}.") from error
 
 
 def _replace(path: Path, write) -> None:

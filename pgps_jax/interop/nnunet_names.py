@@ -12,17 +12,23 @@ import numpy as np
 # PyTorch (out, in, d, h, w) -> (d, h, w, in, out); transposed convolutions hold (in, out, d, h, w)
 _TO_CONV, _TO_TRANSPOSED = (2, 3, 4, 1, 0), (2, 3, 4, 0, 1)
 _FROM_CONV, _FROM_TRANSPOSED = (4, 3, 0, 1, 2), (3, 4, 0, 1, 2)
+DEEPEST = 32  # parts of a name
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and torch.compile
 
 
 def params_from_state_dict(state_dict: dict[str, np.ndarray]) -> dict:
-    """Nested dict of our parameters, list positions as int keys; 2D kernels become 3D ones of depth 1."""
+    """Nested dict of our parameters, list positions as int keys; 2D kernels become 3D ones of depth 1.
+
+    Raises ValueError or AttributeError for names and shapes that no network of nnU-Net has.
+    """
     params = {}
     for name, array in state_dict.items():
         name = _PREFIXES.sub("", name)
         if name.startswith("decoder.encoder.") or ".all_modules." in name:
             continue
         *folders, leaf = name.split(".")
+        if len(folders) > DEEPEST:
+            raise ValueError(f"a name of {len(folders)} parts")
         array = np.asarray(array)
         if leaf == "weight":
             leaf = "scale" if array.ndim == 1 else "kernel"
@@ -32,6 +38,8 @@ def params_from_state_dict(state_dict: dict[str, np.ndarray]) -> dict:
         here = params
         for part in folders:
             here = here.setdefault(int(part) if part.isdecimal() else part, {})
+        if isinstance(here.get(leaf), dict):
+            raise ValueError(f"{name[:100]} is both an array and a part of the network")
         here[leaf] = np.ascontiguousarray(array)
     return params
 

@@ -102,7 +102,7 @@ def test_what_is_missing_is_said(written, tmp_path):
     folder, _, _ = written
     with pytest.raises(InputError, match="fold_7"):
         read_nnunet_model(folder, [7])
-    with pytest.raises(InputError, match=r"plans\.json does not exist"):
+    with pytest.raises(InputError, match=r"plans\.json: this file is missing"):
         read_nnunet_model(folder / "fold_0")
     with pytest.raises(InputError, match="no fold_"):
         read_nnunet_model(folder, checkpoint="checkpoint_best.pth")
@@ -135,3 +135,23 @@ def test_torch_and_nnunets_predictor_load_what_was_written(written):
     weights = predictor.network.state_dict()
     assert set(weights) == set(about["all_state_dict_names_in_order"])
     assert all((weights[name].numpy() == array).all() for name, array in state_dict.items())
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"network_weights": [1]}, "arrays by name"), ({"network_weights": {"a": 1}}, "arrays by name"), ({"network_weights": None}, "arrays"),
+    ({"init_args": {}}, "has no 'configuration'"), ({"init_args": {"configuration": ("3d",)}}, "must be text"),
+    ({"inference_allowed_mirroring_axes": (0, 7)}, "mirroring axes"), ({"inference_allowed_mirroring_axes": 1}, "mirroring axes"),
+    ({"network_weights": {"a": np.zeros(1, np.float32), "a.weight": np.zeros(1, np.float32)}}, "network that is known"),
+    ({"network_weights": {"a.weight": np.zeros((1,) * 7, np.float32)}}, "network that is known"),
+    ({"network_weights": {"a." * 99 + "weight": np.zeros(1, np.float32)}}, "network that is known"),
+])
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, changes, words):
+    (tmp_path / "fold_0").mkdir()
+    for name in ("plans.json", "dataset.json"):
+        (tmp_path / name).write_text('{"configurations": {"3d": {}}}')
+    good = {"network_weights": {}, "init_args": {"configuration": "3d"}}
+    write_checkpoint(tmp_path / "fold_0/checkpoint_final.pth", good)
+    assert read_nnunet_model(tmp_path).configuration == "3d"
+    write_checkpoint(tmp_path / "fold_0/checkpoint_final.pth", good | changes)
+    with pytest.raises(InputError, match=words):
+        read_nnunet_model(tmp_path)
