@@ -9,10 +9,10 @@ The arrays are laid out as nnU-Net (2.6 and later) lays out its own, and a folde
 The folder itself holds no other kind of file because nnU-Net's reader refuses one that does.
 """
 
-import ast
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +24,15 @@ import blosc2
 import numpy as np
 
 from pgps_jax.architecture import Size
+from pgps_jax.data.b2nd import open_array
 from pgps_jax.data.labels import Label
-from pgps_jax.errors import InputError
+from pgps_jax.errors import InputError, brief
 from pgps_jax.interop.pickles import read_properties
+from pgps_jax.json_file import read_json
 
 _LARGEST_BLOCK = 128 * 1024  # bytes, uncompressed: the unit of decompression fits a core's cache
 _LARGEST_CHUNK = 6 * 1024**2  # bytes, uncompressed: the unit of reading
+MOST_LOCATIONS = 10**9  # of one class in one case
 _TRIAL = 512 * 1024  # bytes of an array on which filters are tried
 _MMAP = None if sys.platform == "win32" else "r"  # Windows cannot replace a mapped file
 
@@ -47,8 +50,8 @@ class StoredCase(NamedTuple):
     """An opened case. `image` and `seg` read from disk only what is sliced: `image[:, 3:9, 0:5, 2:7]`."""
 
     id: str
-    image: Any  # blosc2.NDArray, float32 (c, d, h, w)
-    seg: Any  # blosc2.NDArray, int16 (1, d, h, w)
+    image: Any  # StoredArray, float32 (c, d, h, w)
+    seg: Any  # StoredArray, int16 (1, d, h, w)
     properties: dict
     locations: dict[Label, np.ndarray]  # int32 (n, 3), memory-mapped
 
@@ -89,8 +92,11 @@ class CaseStore:
         if not ours.exists() and not peers.exists():
             raise InputError(f"Case {case_id} is not in {self.folder}; preprocess it first.")
         properties, locations = _read_ours(ours) if ours.exists() else _read_peers(peers)
-        image, seg = (_open_array(self.folder / f"{case_id}{name}.b2nd", case_id) for name in ("", "_seg"))
-        if image.shape[1:] != seg.shape[1:]:
+        try:
+            image, seg = (open_array(self.folder / f"{case_id}{name}.b2nd") for name in ("", "_seg"))
+        except InputError as error:
+            raise InputError(f"Case {case_id}: {error}") from error
+        if image.shape[1:] != seg.shape[1:] or seg.shape[0] != 1:
             raise InputError(
                 f"Case {case_id} in {self.folder}: the image has shape {image.shape} and the label map {seg.shape}; "
                 "delete its files and preprocess it again."
@@ -130,8 +136,8 @@ def write_case(folder: Path, case_id: str, case: Preprocessed, patch_size: Size,
 def stored_from(folder: Path, case_id: str) -> str | None:
     """`made_from` of a complete case written by `write_case`; None if there is none."""
     try:
-        return json.loads((_properties_folder(folder) / f"{case_id}.json").read_text()).get("made_from")
-    except (OSError, ValueError):
+        return read_json(_properties_folder(folder) / f"{case_id}.json").get("made_from")
+    except InputError:
         return None
 
 
@@ -224,23 +230,18 @@ def chunks_and_blocks(
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def _open_array(path: Path, case_id: str) -> blosc2.NDArray:
-    try:
-        return blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, mmap_mode=_MMAP)
-    except Exception as error:  # blosc2 raises RuntimeError, OSError, ValueError, ...
-        raise InputError(f"Case {case_id}: {path} is missing or damaged ({error}); preprocess it again.") from error
-
-
 def _read_ours(path: Path) -> tuple[dict, dict[Label, np.ndarray]]:
     file = _locations_file(path)
+    properties = read_json(path)
     try:
-        properties = json.loads(path.read_text())
-        counts = {ast.literal_eval(label): n for label, n in properties["class_location_counts"].items()}
+        counts = {_label(text): n for text, n in properties["class_location_counts"].items()}
+        if not all(type(n) is int and 0 <= n <= MOST_LOCATIONS for n in counts.values()):
+            raise ValueError("its class_location_counts are no counts")
         total = sum(counts.values())
         table = np.load(file, mmap_mode=_MMAP) if total else np.zeros((0, 3), np.int32)  # nothing cannot be mapped
-        if len(table) != total:
-            raise ValueError(f"{len(table)} locations instead of {total}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, EOFError) as error:
+        if table.shape != (total, 3) or table.dtype != np.int32:
+            raise ValueError(f"{table.dtype} locations of shape {table.shape} instead of int32 of {(total, 3)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, EOFError, MemoryError, RecursionError) as error:
         raise InputError(f"{path} or {file.name} is damaged ({error}); delete it and preprocess again.") from error
     ends = np.cumsum(list(counts.values()), dtype=int)
     return properties, {
@@ -248,18 +249,32 @@ def _read_ours(path: Path) -> tuple[dict, dict[Label, np.ndarray]]:
     }
 
 
+def _label(text: str) -> Label:
+    """The label or region that `str` made a key of."""
+    if re.fullmatch(r"-?[0-9]{1,9}", text):
+        return int(text)
+    if not re.fullmatch(r"\((-?[0-9]{1,9},? ?)+\)", text):
+        raise ValueError(f"{brief(text)} is neither a label nor a region")
+    return tuple(int(number) for number in re.findall(r"-?[0-9]+", text))
+
+
 def _read_peers(path: Path) -> tuple[dict, dict[Label, np.ndarray]]:
     properties = read_properties(path)
     stored = properties.pop("class_locations", None)
     if not isinstance(stored, dict):
         raise InputError(f"{path} has no class_locations: this is not the training data of an nnU-Net >= 2.6.")
-    locations = {
-        label: np.asarray(voxels, np.int32).reshape(-1, 4)[:, 1:]  # nnU-Net's first column is the channel, always 0
-        for label, voxels in stored.items()
-    }
     geometry = properties.get("sitk_stuff")
-    if geometry and "nibabel_stuff" not in properties:
-        properties["nibabel_stuff"] = {"original_affine": _affine_of_sitk(**geometry)}
+    try:
+        locations = {
+            label: np.asarray(voxels, np.int32).reshape(-1, 4)[:, 1:]  # nnU-Net's first column is the channel, always 0
+            for label, voxels in stored.items()
+        }
+        if geometry and "nibabel_stuff" not in properties:
+            properties["nibabel_stuff"] = {"original_affine": _affine_of_sitk(**geometry)}
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{path}: its class_locations or sitk_stuff are not nnU-Net's ({error}); preprocess again.") from None
+    if not all(isinstance(part, int) for label in locations for part in (label if isinstance(label, tuple) else (label,))):
+        raise InputError(f"{path}: its class_locations are of {brief(list(locations))}; want labels or tuples of them.")
     return properties, locations
 
 
