@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "pgps_jax"
 FLOORS: list[set[str]] = [
     {"__init__", "errors", "json_file", "architecture", "host_memory", "data.__init__", "train.__init__", "infer.__init__",
      "evaluate.__init__", "interop.__init__", "report.__init__"},
-    {"data.b2nd", "data.labels", "data.nifti", "data.resample", "interop.pickles", "interop.nnunet_names", "interop.monai_names", "interop.nnunet_model",
+    {"data.b2nd", "data.labels", "data.nifti", "data.resample", "interop.pickles", "interop.nnunet_names", "interop.monai_names",
+     "interop.nnunet_model",
      "interop.pretrained", "models.conv", "models.blocks", "models.attention", "train.spatial", "train.intensity", "train.accumulate",
      "report.run_log"},
     {"data.dataset", "data.decathlon", "data.doctor", "data.download", "data.explain", "data.findings", "data.fingerprint", "data.folds",
