@@ -61,6 +61,9 @@ class RunConfig:
     """Planning rules: nnU-Net's default or one of its residual encoder presets."""
     batch_size: int | None = None
     """Patches per step at the planned patch size. As planned when not given."""
+    accumulate: int | Literal["auto"] = 1
+    """Compute each batch in this many parts, one after the other: less memory, the same numbers but for rounding, and one forward
+    pass more. auto: one part where the batch fits the device, found by compiling before the first step, and else as few as fit."""
     epochs: int = 1000
     """Length of training in epochs."""
     steps_per_epoch: int = 250

@@ -46,6 +46,7 @@ class Stage:
     index: int
     patch_size: Size
     batch_size: int
+    parts: int = 1  # in which a batch is computed, one after the other; divides the batch size
 
     @property
     def voxels(self) -> int:
@@ -53,7 +54,8 @@ class Stage:
         return self.batch_size * math.prod(self.patch_size)
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.patch_size))} batch {self.batch_size}"
+        parts = f" in {self.parts} parts" if self.parts > 1 else ""
+        return f"{'x'.join(map(str, self.patch_size))} batch {self.batch_size}{parts}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +102,10 @@ class CurriculumConfig:
     many as fit the planned number of voxels per step. chain: the rule of pgps-plus. device-memory: as many as fit the
     device, found by compiling."""
     memory_fraction: float = 0.9
-    """Share of the device's memory that batch_policy device-memory may fill."""
+    """Share of the device's memory that batch_policy device-memory, or a batch with --accumulate auto, may fill."""
+    dataset_share: float | None = None
+    """Largest share of the dataset's voxels that a batch of batch_policy device-memory may hold, 2 patches always; nnU-Net plans
+    with 0.05. No such limit when not given."""
     schedule_seed: int = 0
     """Seed of the random choices of rpss and random-order."""
     case_curriculum: Literal["none", "pdl", "pdl-two-stage"] = "none"
@@ -240,6 +245,12 @@ def with_batch_sizes(schedule: Schedule, batch_sizes: Sequence[int]) -> Schedule
     return replace(schedule, stages=tuple(replace(stage, batch_size=int(batch)) for stage, batch in stages))
 
 
+def parts_at_least(batch_size: int, wanted: int, multiple_of: int = 1) -> int:
+    """The fewest equal parts, `wanted` or more, of a batch; each is a multiple of `multiple_of`. As many as possible if none is enough."""
+    most = batch_size // multiple_of
+    return next((n for n in range(min(wanted, most), most + 1) if most % n == 0), 1)
+
+
 # 3. Pacing
 
 
@@ -316,7 +327,8 @@ def _check(
             raise InputError(f"curriculum: the {name} must be at least 1, found {value}")
     if num_steps > MOST_STEPS:
         raise InputError(f"curriculum: {num_steps} steps; at most {MOST_STEPS} are planned. Use fewer epochs")
-    for name, value in (("case-share", config.case_share), ("memory-fraction", config.memory_fraction)):
+    limits_given = {} if config.dataset_share is None else {"dataset-share": config.dataset_share}
+    for name, value in {"case-share": config.case_share, "memory-fraction": config.memory_fraction, **limits_given}.items():
         if not 0 < value <= 1:
             raise InputError(f"curriculum: {name} must be above 0 and at most 1, found {value}")
     for axis, planned, smallest, increment in zip("dhw", patch_size, *limits, strict=True):
@@ -333,7 +345,7 @@ def schedule_to_json(schedule: Schedule) -> dict:
     The arrays are run-length encoded in a string: "0x250 1x500 2" is 250 times 0, 500 times 1 and a single 2.
     """
     return {
-        "stages": [{"patch_size": list(s.patch_size), "batch_size": s.batch_size} for s in schedule.stages],
+        "stages": [{"patch_size": list(s.patch_size), "batch_size": s.batch_size, "parts": s.parts} for s in schedule.stages],
         "stage_of_step": _encode(schedule.stage_of_step),
         "case_pool_of_step": _encode(schedule.case_pool_of_step),
     }
@@ -345,9 +357,11 @@ def schedule_from_json(values: dict) -> Schedule:
         stages = []
         for i, stage in enumerate(values["stages"]):
             d, h, w = (int(edge) for edge in stage["patch_size"])
-            stages.append(Stage(i, (d, h, w), int(stage["batch_size"])))
+            stages.append(Stage(i, (d, h, w), int(stage["batch_size"]), int(stage.get("parts", 1))))
             if not 1 <= min(d, h, w, stages[-1].batch_size) <= max(d, h, w, stages[-1].batch_size) <= LARGEST_SIZE:
                 raise ValueError(f"stage {i} has a size below 1 or above {LARGEST_SIZE}")
+            if stages[-1].parts < 1 or stages[-1].batch_size % stages[-1].parts:
+                raise ValueError(f"stage {i}: a batch of {stages[-1].batch_size} cannot be computed in {stages[-1].parts} parts")
         stage_of_step, pool = _decode(values["stage_of_step"]), _decode(values["case_pool_of_step"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"schedule.json: not a schedule ({error!r}); start with --fresh") from error

@@ -13,7 +13,7 @@ import numpy as np
 
 from pgps_jax.chosen_network import with_network
 from pgps_jax.config import NetworkConfig, Planner, RunConfig, check_same, to_json
-from pgps_jax.curriculum import Schedule, make_schedule, schedule_from_json, schedule_to_json
+from pgps_jax.curriculum import Schedule, batch_policy, make_schedule, schedule_from_json, schedule_to_json
 from pgps_jax.data.class_balance import StageBalance, class_balance
 from pgps_jax.data.dataset import Dataset, Labels, check_dataset, open_dataset
 from pgps_jax.data.decathlon import convert_decathlon, converted_name, is_decathlon
@@ -201,6 +201,10 @@ def run_folder(config: RunConfig) -> Path:
 
 def planned_schedule(config: RunConfig, configuration: Configuration, num_cases: int, num_steps: int | None = None) -> Schedule:
     """The schedule that a config asks for, before any training; `num_steps` shortens it."""
+    if config.accumulate != "auto" and config.accumulate < 1:
+        raise InputError(f"--accumulate {config.accumulate}: must be at least 1, or auto")
+    if config.accumulate != 1 and batch_policy(config.curriculum) == "device-memory":
+        raise InputError(f"--accumulate {config.accumulate}: --batch-policy device-memory chooses batches that fit in one part")
     for name in ("epochs", "steps_per_epoch", "validation_steps"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from pgps_jax.architecture import PatchLimits
 from pgps_jax.curriculum import (
     CurriculumConfig,
+    Schedule,
     Stage,
     make_schedule,
+    parts_at_least,
     patch_ladder,
     schedule_from_json,
     schedule_to_json,
@@ -275,3 +277,22 @@ def test_bad_input_is_refused_in_a_sentence(change, message):
 def test_a_stage_is_the_key_of_a_program():
     assert len({Stage(0, (8, 8, 8), 2), Stage(0, (8, 8, 8), 2), Stage(0, (8, 8, 8), 1)}) == 2
     assert Stage(0, (8, 16, 8), 2).voxels == 2048 and str(Stage(0, (8, 16, 8), 2)) == "8x16x8 batch 2"
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 8))
+def test_parts_of_a_batch_are_equal_the_fewest_that_suffice_and_shared_by_the_devices(batch, wanted, devices):
+    batch *= devices
+    parts = parts_at_least(batch, wanted, devices)
+    assert batch % parts == 0 and (batch // parts) % devices == 0
+    possible = [n for n in range(1, batch // devices + 1) if (batch // devices) % n == 0]
+    assert parts == next((n for n in possible if n >= wanted), possible[-1])
+
+
+def test_stages_computed_in_parts_are_read_back_and_say_so():
+    stage = Stage(0, (8, 16, 8), 6, 3)
+    back = schedule_from_json(schedule_to_json(Schedule((stage,), np.zeros(4, np.int32), np.ones(4, np.int32))))
+    assert back.stages == (stage,) and str(stage) == "8x16x8 batch 6 in 3 parts"
+    broken = schedule_to_json(back)
+    broken["stages"][0]["parts"] = 4
+    with pytest.raises(InputError, match="6 cannot be computed in 4 parts"):
+        schedule_from_json(broken)

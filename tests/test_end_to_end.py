@@ -175,6 +175,9 @@ def test_a_run_folder_of_another_config_is_refused_naming_the_key(tiny, finished
     (["--threads", "0"], "threads"),
     (["--loader-processes", "-1"], "loader-processes"),
     (["--cache-gb", "nan"], "cache-gb"),
+    (["--accumulate", "0"], "accumulate"),
+    (["--accumulate", "2", "--batch-policy", "device-memory"], "accumulate"),
+    (["--dataset-share", "0"], "dataset-share"),
 ])
 def test_bad_arguments_are_refused_before_anything_is_written(tiny, capsys, arguments, words):
     raw, workspace = tiny
@@ -236,8 +239,12 @@ def test_a_faulty_dataset_is_refused_with_one_sentence_and_nothing_half_written(
     assert not (tmp_path / "work").exists()
 
 
-def test_when_the_device_runs_out_of_memory_the_batch_is_halved_and_training_goes_on(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("accumulate", ["1", "auto"])
+def test_when_the_device_runs_out_of_memory_the_batch_is_halved_or_computed_in_parts_and_training_goes_on(
+    tiny, monkeypatch, capsys, accumulate
+):
     raw, workspace = tiny
+    name = f"short_of_memory_{accumulate}"
     get, failures = StagePrograms.get, []
 
     def sometimes(self, stage):
@@ -247,11 +254,15 @@ def test_when_the_device_runs_out_of_memory_the_batch_is_halved_and_training_goe
         return get(self, stage)
 
     monkeypatch.setattr(StagePrograms, "get", sometimes)
-    assert main(command(raw, workspace, "short_of_memory", "--mode", "performance", "--epochs", "3")) == 0
+    arguments = ["--mode", "performance", "--epochs", "3", "--accumulate", accumulate]
+    assert main(command(raw, workspace, name, *arguments)) == 0
     assert "out of memory in stage 1" in capsys.readouterr().out
-    folder = run_folder(workspace, "short_of_memory")
-    stored = json.loads((folder / "schedule.json").read_text())
-    assert stored["stages"][1]["batch_size"] == failures[0] // 2
+    folder = run_folder(workspace, name)
+    stage = json.loads((folder / "schedule.json").read_text())["stages"][1]
+    if accumulate == "auto":
+        assert stage["batch_size"] == failures[0] and stage["parts"] >= 2
+    else:
+        assert stage["batch_size"] == failures[0] // 2 and stage["parts"] == 1
     assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "step"] == list(range(9))
 
 
@@ -281,6 +292,26 @@ def test_batch_sizes_fill_the_memory_that_is_said_to_be_there(tiny, monkeypatch,
     (stage,) = json.loads((run_folder(workspace, "filled") / "schedule.json").read_text())["stages"]
     assert stage["batch_size"] > 2
     assert f"batch {stage['batch_size']} needs" in capsys.readouterr().out
+
+
+def test_a_batch_that_fills_the_memory_may_be_limited_to_a_share_of_the_dataset(tiny, monkeypatch):
+    raw, workspace = tiny
+    monkeypatch.setattr(sizing, "device_budget", lambda fraction: int(1e9))
+    arguments = ["--batch-policy", "device-memory", "--dataset-share", "0.7", "--mode", "constant", "--epochs", "1"]
+    assert main(command(raw, workspace, "limited", *arguments)) == 0
+    (stage,) = json.loads((run_folder(workspace, "limited") / "schedule.json").read_text())["stages"]
+    plan = json.loads((run_folder(workspace, "limited") / "plan.json").read_text())["configurations"]["3d_fullres"]
+    voxels = 6 * np.prod(plan["median_image_size_in_voxels"])
+    assert stage["batch_size"] == max(2, round(0.7 * voxels / np.prod(plan["patch_size"])))
+
+
+def test_batches_too_large_for_the_device_are_computed_in_parts(tiny, monkeypatch, capsys):
+    raw, workspace = tiny
+    monkeypatch.setattr(sizing, "device_budget", lambda fraction: 0)
+    assert main(command(raw, workspace, "parts", "--accumulate", "auto", "--mode", "constant", "--epochs", "1")) == 0
+    (stage,) = json.loads((run_folder(workspace, "parts") / "schedule.json").read_text())["stages"]
+    assert (stage["batch_size"], stage["parts"]) == (2, 2)
+    assert "batch 2 in 2 parts" in capsys.readouterr().out
 
 
 def test_a_model_goes_to_nnunets_files_and_back_and_predicts_the_same(tiny, finished, tmp_path):

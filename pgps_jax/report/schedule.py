@@ -34,6 +34,7 @@ def stage_rows(
             "stage": stage.index,
             "patch_size": list(stage.patch_size),
             "batch_size": stage.batch_size,
+            "parts": stage.parts,
             "first_step": int(np.argmax(schedule.stage_of_step == stage.index)),
             "steps": int(n),
             "voxels_per_step": stage.voxels,
@@ -58,7 +59,8 @@ def schedule_table(rows: list[dict[str, Any]], title: str = "") -> Table:
     for heading in [*headings, "memory"] if with_memory else headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = [str(row["stage"]), " x ".join(map(str, row["patch_size"])), f"{row['batch_size']:,}",
+        parts = f" ({row['parts']} parts)" if row["parts"] > 1 else ""
+        cells = [str(row["stage"]), " x ".join(map(str, row["patch_size"])), f"{row['batch_size']:,}{parts}",
                  f"{row['first_step']:,}", f"{row['steps']:,}", f"{row['voxels_per_step']:,}", f"{row['share']:.3f}"]
         if with_memory:
             size = row["memory_bytes"]

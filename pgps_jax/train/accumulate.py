@@ -20,7 +20,8 @@ def accumulated_value_and_grad(
     batch, means over the voxels without ignored ones). So the chunks' logits are computed first, keeping nothing else;
     the loss of all of them gives each chunk's share of the gradient, which a second pass takes back to the parameters.
     That is right for every loss, and costs one forward pass more. The chunks are unrolled: XLA's fast convolutions on
-    CPU are not found inside loops. On CPU XLA ignores the barriers below, so there it saves little memory.
+    CPU are not found inside loops. On CPU XLA ignores the barriers below, so there it saves little memory. A chunk takes
+    every `chunks`-th patch, so that devices which share a batch share each chunk as well.
 
     Args:
         forward: network; leaves of its result have the batch first.
@@ -31,20 +32,29 @@ def accumulated_value_and_grad(
     """
     if len(images) % chunks:
         raise ValueError(f"a batch of {len(images)} cannot be cut into {chunks} equal chunks")
-    parts = jnp.split(images, chunks)
+    if chunks == 1:
+        return jax.value_and_grad(lambda p: loss(forward(p, images)))(params)
+    size = len(images) // chunks
+    parts = _interleaved(images, chunks)
     results = []
     for part in parts:
         if results:  # one chunk after the other: the barrier makes this one depend on the last one's result
             part, results[-1] = jax.lax.optimization_barrier((part, results[-1]))
         results.append(forward(params, part))
-    value, cotangents = jax.value_and_grad(loss)(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results))
+    joined = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(chunks * size, *leaves[0].shape[1:]), *results)
+    value, cotangents = jax.value_and_grad(loss)(joined)
 
     total = jax.tree.map(jnp.zeros_like, params)
-    size = len(images) // chunks
     for i, part in enumerate(parts):
         # without the barrier XLA would notice that it has been here before, and keep the activations after all
         part, cotangents, total = jax.lax.optimization_barrier((part, cotangents, total))
-        mine = jax.tree.map(lambda leaf, i=i: leaf[i * size : (i + 1) * size], cotangents)
+        mine = jax.tree.map(lambda leaf, i=i: _interleaved(leaf, chunks)[i], cotangents)
         _, pull_back = jax.vjp(lambda p, part=part: forward(p, part), params)
         total = jax.tree.map(jnp.add, total, pull_back(mine)[0])
     return value, total
+
+
+def _interleaved(leaf: Array, chunks: int) -> list[Array]:
+    """Chunk i holds the patches i, i + chunks, i + 2 chunks, ... of a batch."""
+    rows = leaf.reshape(len(leaf) // chunks, chunks, *leaf.shape[1:])
+    return [rows[:, i] for i in range(chunks)]

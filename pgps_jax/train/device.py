@@ -55,7 +55,7 @@ def choose_platform(name: str) -> None:
 def open_device(stages: tuple[Stage, ...], precision: str) -> Device:
     """All devices of the default platform, as many as divide every stage's batch."""
     devices = jax.devices()
-    count = math.gcd(len(devices), *(stage.batch_size for stage in stages))
+    count = math.gcd(len(devices), *(stage.batch_size // stage.parts for stage in stages))
     mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
     platform = devices[0].platform
     dtype = jnp.float32 if precision == "float32" or (precision == "auto" and platform == "cpu") else jnp.bfloat16

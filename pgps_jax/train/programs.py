@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pgps_jax.curriculum import Schedule, Stage
+from pgps_jax.curriculum import Schedule, Stage, parts_at_least
 from pgps_jax.train.memory import program_bytes
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -155,9 +155,24 @@ def halve_batch(schedule: Schedule, stage_index: int, multiple_of: int = 1) -> S
     batch = stage.batch_size // 2 // multiple_of * multiple_of
     if batch < multiple_of:
         raise ValueError(f"stage {stage_index} ({stage}): {multiple_of} devices cannot share less than it has")
-    stages = list(schedule.stages)
-    stages[stage_index] = replace(stage, batch_size=batch)
-    return replace(schedule, stages=tuple(stages))
+    parts = parts_at_least(batch, stage.parts, multiple_of) if stage.parts > 1 else 1
+    return _with_stage(schedule, replace(stage, batch_size=batch, parts=parts))
+
+
+def more_parts(schedule: Schedule, stage_index: int, multiple_of: int = 1) -> Schedule:
+    """The schedule after a stage ran out of memory: the same batch, in at least twice as many parts.
+
+    Raises ValueError if its parts cannot become smaller.
+    """
+    stage = schedule.stages[stage_index]
+    parts = parts_at_least(stage.batch_size, 2 * stage.parts, multiple_of)
+    if parts <= stage.parts:
+        raise ValueError(f"stage {stage_index} ({stage}): {multiple_of} devices cannot share less than a part has")
+    return _with_stage(schedule, replace(stage, parts=parts))
+
+
+def _with_stage(schedule: Schedule, stage: Stage) -> Schedule:
+    return replace(schedule, stages=tuple(stage if s.index == stage.index else s for s in schedule.stages))
 
 
 def enable_compilation_cache(folder: Path, max_bytes: int) -> str | None:

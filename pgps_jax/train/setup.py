@@ -23,9 +23,14 @@ from pgps_jax.workspace import Experiment
 
 def initial_state(run: Experiment, device: Device) -> tuple[nnx.GraphDef, TrainState]:
     """Structure of the network, and the state before the first step (the same for the same seed)."""
-    network = build(run.configuration.architecture, run.channels, run.labels.num_outputs,
-                    dtype=device.dtype, remat=run.config.network.remat, rngs=nnx.Rngs(run.config.seed))
-    graphdef, params = split(network)
+    def network() -> nnx.Module:
+        return build(run.configuration.architecture, run.channels, run.labels.num_outputs,
+                     dtype=device.dtype, remat=run.config.network.remat, rngs=nnx.Rngs(run.config.seed))
+
+    graphdef, _ = split(nnx.eval_shape(network))
+    # one program for all draws: compiled one by one, or with LLVM's optimisations, those of a transformer take a minute
+    quick = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
+    params = jax.jit(lambda: split(network())[1]).lower().compile(quick)()
     return graphdef, jax.device_put(init_state(params, optimizer_of(run)), device.whole)
 
 
@@ -51,7 +56,7 @@ def stage_lowering(run: Experiment, device: Device, graphdef: nnx.GraphDef, stat
 
     def lower(stage: Stage) -> jax.stages.Lowered:
         step = make_train_step(graphdef, optimizer, run.labels, run.configuration.batch_dice, run.policy, stage.patch_size,
-                               run.config.seed)
+                               run.config.seed, stage.parts)
         return jax.jit(step, donate_argnums=0).lower(abstract_state, stage_batch(run, device, stage), jax.ShapeDtypeStruct((), jnp.float32))
 
     return lower

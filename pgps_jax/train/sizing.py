@@ -31,6 +31,8 @@ def sized(run: Experiment, say: Callable[[str], None]) -> Experiment:
     """The experiment with batch sizes and length found on this machine, where its config asks for that."""
     if batch_policy(run.config.curriculum) == "device-memory":
         run = fill_memory(run, say)
+    elif run.config.accumulate != 1:
+        run = in_parts(run, say)
     if run.config.max_hours is not None:
         run = fit_hours(run, say)
     return run
@@ -49,16 +51,65 @@ def fill_memory(run: Experiment, say: Callable[[str], None]) -> Experiment:
     features = max(run.configuration.architecture.features_per_stage[:1], default=1)
     budget = device_budget(run.config.curriculum.memory_fraction)
     chosen = []
+    share, voxels = run.config.curriculum.dataset_share, math.prod(run.configuration.median_shape) * num_cases(run)
     for stage in run.schedule.stages:
         waiting = sum(s.size * s.dtype.itemsize for s in stage_batch(run, device, stage)) // stage.batch_size
         choice = choose_batch_size(
             lambda batch, stage=stage: lower(dataclasses.replace(stage, batch_size=batch)).compile(options),
             stage, budget, elements_per_patch=math.prod(stage.patch_size) * features,
             multiple_of=len(jax.devices()), extra_bytes_per_patch=PREFETCHED_BATCHES * waiting,
+            max_batch=None if share is None else share_of_dataset(voxels, stage.patch_size, share),
         )
         say(choice.reason)
         chosen.append(choice.batch_size)
     return with_schedule(run, with_batch_sizes(run.schedule, chosen))
+
+
+def num_cases(run: Experiment) -> int:
+    """Cases that are trained or validated on."""
+    return len({*run.train_ids, *run.validation_ids})
+
+
+def in_parts(run: Experiment, say: Callable[[str], None]) -> Experiment:
+    """Batches computed in parts: in as many as asked for (fewer where a batch has fewer patches), or in as few as fit the device.
+
+    For the latter stages are compiled, those of the most voxels first, until one fits as a whole: what has fewer voxels fits too.
+    """
+    wanted = run.config.accumulate
+    device = open_device(run.schedule.stages, run.config.network.precision)
+    parts = {stage: 1 for stage in run.schedule.stages}
+    if wanted == "auto":
+        graphdef, state = initial_state(run, device)
+        lower = stage_lowering(run, device, graphdef, state)
+        del state
+        for stage in sorted(run.schedule.stages, key=lambda s: s.voxels, reverse=True):
+            parts[stage] = fewest_parts(run, device, lower, stage)
+            if parts[stage] == 1:
+                break
+    else:
+        parts = {stage: parts_at_least(stage.batch_size, wanted, device.count) for stage in run.schedule.stages}
+    stages = tuple(dataclasses.replace(stage, parts=parts[stage]) for stage in run.schedule.stages)
+    for stage in stages:
+        if stage.parts > 1:
+            say(f"stage {stage.index}: {stage}")
+    return with_schedule(run, dataclasses.replace(run.schedule, stages=stages))
+
+
+def fewest_parts(run: Experiment, device: Device, lower: Callable[[Stage], jax.stages.Lowered], stage: Stage) -> int:
+    """The fewest parts with which a stage's program fits the device; as many as there can be if none does."""
+    budget, options = device_budget(run.config.curriculum.memory_fraction), program_options(run, device)
+    waiting = PREFETCHED_BATCHES * sum(s.size * s.dtype.itemsize for s in stage_batch(run, device, stage)) // device.count
+    while True:
+        try:
+            needed = program_bytes(lower(stage).compile(options)) + waiting
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            needed = math.inf
+        more = parts_at_least(stage.batch_size, stage.parts + 1, device.count)
+        if needed <= budget or more <= stage.parts:
+            return stage.parts
+        stage = dataclasses.replace(stage, parts=more)
 
 
 def fit_hours(run: Experiment, say: Callable[[str], None]) -> Experiment:
@@ -81,9 +132,10 @@ def fit_hours(run: Experiment, say: Callable[[str], None]) -> Experiment:
     steps = fit_to_seconds(make, estimate, budget, run.config.steps_per_epoch, run.config.epochs * run.config.steps_per_epoch)
     say(f"{steps} of {run.config.epochs * run.config.steps_per_epoch} steps fit {run.config.max_hours:g} hours "
         f"({seconds[0]:.3g} s per step in the smallest stage, {seconds[1]:.3g} s in the largest)")
-    sizes = {stage.patch_size: stage.batch_size for stage in run.schedule.stages}
+    sizes = {stage.patch_size: {"batch_size": stage.batch_size, "parts": stage.parts} for stage in run.schedule.stages}
     schedule = make(steps)
-    return with_schedule(run, with_batch_sizes(schedule, [sizes.get(s.patch_size, s.batch_size) for s in schedule.stages]))
+    stages = tuple(dataclasses.replace(stage, **sizes.get(stage.patch_size, {})) for stage in schedule.stages)
+    return with_schedule(run, dataclasses.replace(schedule, stages=stages))
 
 
 def seconds_per_step(run: Experiment, device, stage: Stage) -> float:

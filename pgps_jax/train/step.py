@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from pgps_jax.architecture import Size
 from pgps_jax.data.labels import Labels
 from pgps_jax.data.pipeline import PatchBatch
+from pgps_jax.train.accumulate import accumulated_value_and_grad
 from pgps_jax.train.augment import AugmentPolicy, augment
 from pgps_jax.train.losses import hard_counts, segmentation_loss
 from pgps_jax.train.state import TrainState
@@ -44,21 +45,26 @@ def make_train_step(
     policy: AugmentPolicy,
     patch_size: Size,
     seed: int,
+    parts: int = 1,
 ) -> Callable[[TrainState, PatchBatch, Float[Array, ""]], tuple[TrainState, StepMetrics]]:
     """Training step for one patch size.
 
     The random key is `fold_in(key(seed), step)`: a step gives the same numbers whenever and wherever it is run.
-    The learning rate is an argument, not part of the program, so that one program serves the whole stage.
+    The learning rate is an argument, not part of the program, so that one program serves the whole stage. With `parts`
+    the batch goes through the network part by part, for less memory and with the same numbers but for rounding.
     """
+
+    def forward(params: PyTree, image: Float[Array, "b d h w c"]) -> tuple[Float[Array, "b ..."], ...]:
+        return nnx.merge(graphdef, params)(image)
 
     def train_step(state: TrainState, batch: PatchBatch, learning_rate: Float[Array, ""]) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         image, label = augment(key, batch.image, batch.label, policy, patch_size)
 
-        def objective(params: PyTree) -> Float[Array, ""]:
-            return segmentation_loss(nnx.merge(graphdef, params)(image), label, labels, batch_dice)
+        def objective(logits: tuple[Float[Array, "b ..."], ...]) -> Float[Array, ""]:
+            return segmentation_loss(logits, label, labels, batch_dice)
 
-        loss, gradients = jax.value_and_grad(objective)(state.params)
+        loss, gradients = accumulated_value_and_grad(forward, objective, state.params, image, parts)
         directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
         return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, optax.global_norm(gradients))

@@ -37,6 +37,19 @@ def test_chunks_give_the_numbers_of_the_whole_batch(problem, chunks):
         np.testing.assert_allclose(gradient[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
+def test_chunks_take_every_nth_patch_so_that_devices_share_each_of_them(problem):
+    params, images = problem
+    seen = []
+
+    def watched(params, part):
+        seen.append(part)
+        return forward(params, part)
+
+    accumulated_value_and_grad(watched, batch_dice, params, images, 3)
+    for i, part in enumerate(seen[:3]):
+        np.testing.assert_array_equal(part, images[i::3])
+
+
 def test_a_batch_that_cannot_be_cut_evenly_is_refused(problem):
     params, images = problem
     with pytest.raises(ValueError, match="6 cannot be cut into 4"):

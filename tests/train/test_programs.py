@@ -11,7 +11,7 @@ import pytest
 from pgps_jax.architecture import PatchLimits
 from pgps_jax.curriculum import CurriculumConfig, Stage, make_schedule
 from pgps_jax.train.memory import is_out_of_memory, program_bytes
-from pgps_jax.train.programs import ProgramError, StagePrograms, enable_compilation_cache, halve_batch
+from pgps_jax.train.programs import ProgramError, StagePrograms, enable_compilation_cache, halve_batch, more_parts
 
 FOURS = PatchLimits((4, 4, 4), (4, 4, 4))
 WAIT = 60  # seconds after which a test that hangs fails instead
@@ -148,6 +148,21 @@ def test_halving_keeps_everything_but_one_batch():
     assert halve_batch(before, 0, multiple_of=3).stages[0].batch_size == 6
     with pytest.raises(ValueError, match="2 devices cannot share"):
         halve_batch(before, len(before.stages) - 1, multiple_of=2)
+
+
+def test_parts_become_smaller_when_memory_does_not_suffice_and_always_divide_the_batch():
+    before = schedule("performance")  # a batch of 16 in the first stage
+    seen = [before]
+    for _ in range(4):
+        seen.append(more_parts(seen[-1], 0))
+    assert [s.stages[0].parts for s in seen] == [1, 2, 4, 8, 16]
+    assert all(s.stages[0].batch_size == 16 and s.stages[1:] == before.stages[1:] for s in seen)
+    with pytest.raises(ValueError, match="less than a part"):
+        more_parts(seen[-1], 0)
+    with pytest.raises(ValueError, match="less than a part"):
+        more_parts(seen[2], 0, multiple_of=4)
+    smaller = halve_batch(seen[2], 0).stages[0]
+    assert (smaller.batch_size, smaller.parts) == (8, 4)
 
 
 def test_a_run_that_runs_out_of_memory_goes_on_with_half_the_batch_and_its_state():
