@@ -4,7 +4,6 @@ Two folders: `last` (the newest few, for going on after a stop) and `best` (one)
 older checkpoint is deleted only after a newer one is complete. A damaged checkpoint is reported and the one before it is used.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from pgps_jax.errors import InputError
+from pgps_jax.train.checksum import check, sealed
 from pgps_jax.train.state import TrainState
 
 SPACE_FACTOR = 2.2  # free space asked for before saving, in sizes of the state: the new checkpoint exists beside the old
@@ -79,7 +79,7 @@ class Checkpoints:
             if free < wanted:
                 raise OSError(f"{free / 1e6:.0f} MB are free in {self._folder}, {wanted / 1e6:.0f} MB are wanted")
             manager.save(step, args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), description=ocp.args.JsonSave(description)))
+                state=ocp.args.StandardSave(state), description=ocp.args.JsonSave(sealed(description, state))))
         except Exception as error:  # orbax raises many types for what the file system did
             self.not_saved(step, error)
             self._clean_up(name, step)
@@ -137,7 +137,7 @@ class Checkpoints:
             try:
                 state = _restore(manager, step, abstract_state)
             except Exception as error:  # orbax raises many types for damaged files
-                unreadable[step] = str(error).splitlines()[0]
+                unreadable[step] = _reason(error)
                 continue
             for bad, reason in unreadable.items():
                 self.say(f"warning: the checkpoint of step {bad} cannot be read ({reason}); going on from step {step}")
@@ -163,21 +163,36 @@ class Checkpoints:
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, abstract_state: TrainState) -> TrainState:
-    return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))["state"]
+    """The state as it was saved; an exception of any type when it is not."""
+    found = manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract_state), description=ocp.args.JsonRestore()))
+    check(found["description"], found["state"])
+    return found["state"]
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what orbax says, which may go on for pages."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def load_params(folder: Path, name: str = "last") -> dict:
     """Parameters of the newest checkpoint under `folder/name`, as a nested dict with integer keys for lists of layers.
 
-    Raises InputError when there is none.
+    Raises InputError when there is none, or it is damaged.
     """
     with ocp.CheckpointManager((folder / name).absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         step = manager.latest_step()
         if step is None:
             raise InputError(f"{folder / name}: holds no finished checkpoint; train first, or name another run folder")
-        tree = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
-    params = tree["params"] if isinstance(tree, dict) else tree.params
-    return _with_integer_keys(params)
+        try:
+            found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(), description=ocp.args.JsonRestore()))
+            tree = found["state"]
+            params = _with_integer_keys(tree["params"] if isinstance(tree, dict) else tree.params)
+            check(found["description"], params, "params")
+        except Exception as error:  # orbax raises many types for damaged files
+            raise InputError(f"{folder / name / str(step)}: this checkpoint cannot be read ({_reason(error)}); move it out of the "
+                             "folder to use the one before") from error
+    return params
 
 
 def _with_integer_keys(tree: Any) -> Any:
@@ -185,12 +200,3 @@ def _with_integer_keys(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     return {int(key) if isinstance(key, str) and key.isdigit() else key: _with_integer_keys(value) for key, value in tree.items()}
-
-
-def describe(folder: Path, name: str = "last") -> dict | None:
-    """The JSON written beside the newest checkpoint, or None."""
-    steps = [int(path.name) for path in (folder / name).glob("*") if path.name.isdigit()]
-    if not steps:
-        return None
-    files = list((folder / name / str(max(steps)) / "description").glob("*"))
-    return json.loads(files[0].read_text()) if files else None

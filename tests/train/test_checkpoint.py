@@ -1,5 +1,6 @@
 """What is saved comes back bit for bit; a damaged newest checkpoint falls back to the one before; nothing raises."""
 
+import json
 import shutil
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from pgps_jax.errors import InputError
 from pgps_jax.train import checkpoint as module
 from pgps_jax.train.checkpoint import Checkpoints, load_params
+from pgps_jax.train.checksum import check, sealed
 from pgps_jax.train.state import TrainState, abstract
 
 
@@ -155,3 +157,56 @@ def test_as_many_checkpoints_are_kept_as_asked(tmp_path):
         for step in range(1, 8):
             checkpoints.save("last", state_at(step), step, {})
     assert steps_in(tmp_path / "last") == ["4", "5", "6", "7"]
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_a_flipped_bit_in_any_file_of_the_newest_checkpoint_is_said_or_changes_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def large(step):  # beyond some hundred bytes, arrays lie in a file of their own without any checksum of the format's
+        return TrainState(jnp.int32(step), {"kernel": jax.random.normal(jax.random.key(step), (60, 80))}, {})
+
+    with Checkpoints(tmp_path / "good") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save("last", large(step), step, {"step": step, "pseudo_dice_ema": 0.5})
+    paths = [path for path in (tmp_path / "good/last/2").rglob("*") if path.is_file() and path.stat().st_size]
+    files = [path.relative_to(tmp_path / "good") for path in paths]
+    largest = max(files, key=lambda file: (tmp_path / "good" / file).stat().st_size)
+    used = []
+    for file in [*files, *[largest] * 8]:
+        folder, said = tmp_path / "run", []
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "good", folder)
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(flipped(content, int(rng.integers(len(content) * 8))))
+        with Checkpoints(folder, said.append) as checkpoints:
+            state = checkpoints.restore(abstract(large(0)))
+        assert_equal(state, large(int(state.step)))
+        assert any("step 2 cannot be read" in line for line in said) == (int(state.step) == 1)
+        used.append((file, int(state.step)))
+    assert all(step == 1 for file, step in used if file == largest)
+
+
+def test_damaged_parameters_are_not_predicted_with(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save("last", TrainState(jnp.int32(3), {"kernel": jnp.ones((60, 80)) * jnp.pi}, {}), 3, {})
+    largest = max((path for path in tmp_path.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(flipped(largest.read_bytes(), 4 * largest.stat().st_size))
+    with pytest.raises(InputError, match=r"last/3: this checkpoint cannot be read.*the one before"):
+        load_params(tmp_path)
+
+
+def test_a_description_that_was_changed_is_not_believed(tmp_path):
+    description = sealed({"step": 3, "pseudo_dice_ema": float("nan")}, state_at(3))
+    check(json.loads(json.dumps(description)), state_at(3))
+    check({"step": 3}, state_at(3))  # of a version without checksums
+    for changed in (description | {"step": 4}, {k: v for k, v in description.items() if k != "seal"}, None, []):
+        with pytest.raises(ValueError, match="description"):
+            check(changed, state_at(3))
+    with pytest.raises(ValueError, match="params/stages/0/kernel is not what was saved"):
+        check(description, state_at(3)._replace(params=state_at(4).params))
