@@ -1,7 +1,6 @@
 """Where things lie, and the work before training: plan and preprocess a dataset, put an experiment together."""
 
 import dataclasses
-import json
 import os
 import shutil
 from collections import Counter
@@ -29,6 +28,7 @@ from pgps_jax.data.preprocess import preprocess_dataset
 from pgps_jax.data.similarity import ranked_cases
 from pgps_jax.data.store import CaseStore
 from pgps_jax.errors import InputError
+from pgps_jax.json_file import read_json, write_json
 from pgps_jax.models import limits
 from pgps_jax.train.augment import AugmentPolicy, make_policy
 from pgps_jax.train.optim import learning_rate_of_step
@@ -41,26 +41,6 @@ PLANS_FILE: dict[Planner, str] = {
 }
 Callback = Callable[[int, int], None]
 ORIENTATION_SAMPLE = 100  # cases that are asked for the orientation of the training images
-
-
-def write_json(path: Path, content: dict | list) -> None:
-    """Write a JSON file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object; InputError naming the file when it cannot be read."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: this file is missing") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return content
 
 
 def raw_folder(dataset: Path, workspace: Path, say: Callable[[str], None], progress: Callback | None = None) -> Path:
