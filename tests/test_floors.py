@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
      "models.unet", "models.resenc", "models.unetr", "models.swin_unetr", "models.__init__", "evaluate.metrics", "evaluate.surface"},
     {"data.pipeline", "data.class_balance", "train.losses", "train.augment", "train.optim", "evaluate.summary", "evaluate.postprocess",
      "report.schedule", "report.progress", "report.environment", "report.doctor_page"},
-    {"train.state", "train.step", "train.memory", "train.programs", "train.checkpoint", "train.device", "train.stopping",
+    {"train.state", "train.step", "train.memory", "train.programs", "train.checkpoint", "train.checksum", "train.device", "train.stopping",
      "infer.sliding_window"},
     {"config"},
     {"chosen_network"},
