@@ -11,7 +11,7 @@ FLOORS: list[set[str]] = [
      "evaluate.__init__", "interop.__init__", "report.__init__"},
     {"data.b2nd", "data.labels", "data.nifti", "data.resample", "interop.pickles", "interop.nnunet_names", "interop.monai_names",
      "interop.nnunet_model",
-     "interop.pretrained", "models.conv", "models.blocks", "models.attention", "train.spatial", "train.intensity", "train.accumulate",
+     "interop.pretrained", "models.conv", "models.conv_cpu", "models.blocks", "models.attention", "train.spatial", "train.intensity", "train.accumulate",
      "report.run_log"},
     {"data.dataset", "data.decathlon", "data.doctor", "data.download", "data.explain", "data.findings", "data.fingerprint", "data.folds",
      "data.label_pairs", "data.plan", "data.plan_network", "data.plan_values", "data.planner", "data.repair", "data.synthetic"},

@@ -42,15 +42,20 @@ class PeerNetwork(NamedTuple):
         assert len(logits) == len(self.outputs)
         return max(relative_error(a, b) for a, b in zip(logits, self.outputs, strict=True))
 
-    def gradient_error(self) -> float:
-        """The same for the gradients that the peer recorded."""
-        graphdef, params = nnx.split(self.net, nnx.Param)
+    def gradient_error(self, dtype=jnp.float32) -> float:
+        """The same for the gradients that the peer recorded, computed in `dtype`."""
+        net = self.net
+        for _, module in nnx.iter_modules(net):
+            if hasattr(module, "dtype"):
+                module.dtype = dtype
+        graphdef, params = nnx.split(net, nnx.Param)
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
 
         def objective(params, image):
             logits = nnx.merge(graphdef, params)(image)
             return sum(jnp.sum(a * b) for a, b in zip(logits, self.cotangents, strict=True))
 
-        g_params, g_image = jax.jit(jax.grad(objective, argnums=(0, 1)))(params, self.image)
+        g_params, g_image = jax.jit(jax.grad(objective, argnums=(0, 1)))(params, self.image.astype(dtype))
         ours = state_dict_from_params(nnx.to_pure_dict(g_params)) | {"input": np.moveaxis(np.asarray(g_image), -1, 1)}
         assert self.gradients
         return max(relative_error(ours[name], theirs) for name, theirs in self.gradients.items())

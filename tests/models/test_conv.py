@@ -33,12 +33,38 @@ def value_and_gradients(f, *args):
     return run(*args)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 5, 8])  # padding only, slices, Winograd with and without a remainder
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 8])  # one slice, slices, Winograd with and without a remainder
 def test_a_convolution_and_its_gradients_are_xlas(depth):
     x, kernel = draw(0, 2, depth, 4, 6, 16), draw(1, 3, 3, 3, 16, 16)
     ours = value_and_gradients(conv3d, x, kernel)
     theirs = value_and_gradients(lambda x, k: native(x, k, (1, 1, 1)), x, kernel)
     assert max(map(relative_error, ours, theirs)) < 5e-6
+
+
+@pytest.mark.parametrize("size", [(4, 2, 4), (1, 2, 2), (6, 1, 1), (8, 16, 2), (3, 1, 9)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 2)])
+def test_planes_smaller_or_hardly_larger_than_the_kernel_give_what_xla_gives(size, stride):
+    size = tuple(n if n % s == 0 else n * s for n, s in zip(size, stride, strict=True))
+    x, kernel = draw(0, 2, *size, 16), draw(1, 3, 3, 3, 16, 32)
+    ours = value_and_gradients(lambda x, k: conv3d(x, k, stride=stride), x, kernel)
+    theirs = value_and_gradients(lambda x, k: native(x, k, stride), x, kernel)
+    assert max(map(relative_error, ours, theirs)) < 5e-6
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 1, 1), (3, 3, 1), (1, 3, 3)])
+def test_flat_kernels_give_what_xla_gives(kernel_size):
+    x, kernel = draw(0, 2, 6, 4, 6, 16), draw(1, *kernel_size, 16, 32)
+    ours = value_and_gradients(conv3d, x, kernel)
+    theirs = value_and_gradients(lambda x, k: native(x, k, (1, 1, 1)), x, kernel)
+    assert max(map(relative_error, ours, theirs)) < 5e-6
+
+
+def test_no_convolution_on_cpu_has_more_kernel_than_image():
+    """XLA would exchange the two and loop naively."""
+    x, kernel = draw(0, 9, 8, 4, 2, 16), draw(1, 3, 3, 3, 16, 16)
+    for stride in [(1, 1, 1), (2, 2, 2)]:
+        run = jax.jit(lambda x, k, stride=stride: value_and_gradients(lambda x, k: conv3d(x, k, stride=stride), x, k))
+        assert "convolution(" not in run.lower(x, kernel).compile().as_text()
 
 
 @pytest.mark.parametrize(

@@ -20,18 +20,18 @@ TINY = Architecture(
 )
 
 
-@pytest.mark.parametrize(
-    "peer_files",
-    [
-        {"name": "plain_iso"},
-        # in float32 one activation of the peer has the wrong sign before a leaky ReLU: float64 settles it
-        {"name": "plain_anisotropic", "gradients": "plain_anisotropic_float64"},
-    ],
-)
-def test_all_heads_and_gradients_equal_nnunets(peer_network, peer_files):
-    peer = peer_network(**peer_files)
+def test_all_heads_and_gradients_equal_nnunets(peer_network):
+    peer = peer_network("plain_iso")
     assert peer.forward_error() <= 1e-5
     assert peer.gradient_error() <= 1e-4
+
+
+def test_all_heads_and_gradients_of_an_anisotropic_network_equal_nnunets(peer_network):
+    """In float32 an activation lies so near zero that the order of a sum decides on which side of the leaky ReLU it is."""
+    peer = peer_network("plain_anisotropic", gradients="plain_anisotropic_float64")
+    assert peer.forward_error() <= 1e-5
+    with jax.enable_x64(True):
+        assert peer.gradient_error(jnp.float64) <= 1e-5
 
 
 def test_the_smallest_patch_with_a_one_voxel_bottleneck_equals_nnunets(peer_network):
