@@ -94,14 +94,14 @@ class RunConfig:
     """Processes for preprocessing and evaluation; one per core when not given."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints (one is also saved at each stage's end)."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept, beside the best one."""
     mirror_tta: bool = True
     """Mirror test-time augmentation in the validation after training (8 times the work in 3D)."""
     fresh: bool = False
     """Delete what an earlier run of the same name left, and start over."""
 
     @property
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept, beside the best one."""
     def run_name(self) -> str:
         """Folder name of the run."""
         return self.name or f"{self.configuration}_{self.curriculum.mode}"
