@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pgps_jax.data.plan import Plan, read_plan, write_plan
 from pgps_jax.errors import InputError
+from pgps_jax.inference import read_inference
 from pgps_jax.interop.nnunet_model import find_folds, read_nnunet_model, write_nnunet_model
 from pgps_jax.train.checkpoint import Checkpoints, load_params
 from pgps_jax.train.state import TrainState
@@ -39,11 +40,12 @@ def import_nnunet(results: Path, output: Path) -> list[Path]:
 def export_nnunet(run: Path, output: Path, checkpoint: str = "last") -> None:
     """Write the folds of a run as a folder that nnU-Net's predictor loads strictly."""
     folders = fold_folders(run)
-    inference = read_json(folders[0] / "inference.json")
+    plan = read_plan(folders[0] / "plan.json")
+    inference = read_inference(folders[0], plan)
     write_nnunet_model(
-        output, read_plan(folders[0] / "plan.json").to_json(), read_json(folders[0] / "dataset.json"), inference["configuration"],
+        output, plan.to_json(), read_json(folders[0] / "dataset.json"), inference.configuration,
         {_fold_of(folder): load_params(folder / "checkpoints", checkpoint) for folder in folders},
-        [axis for axis in inference["mirror_axes"] if axis != inference.get("swap_axis")],  # nnU-Net cannot exchange labels
+        [axis for axis in inference.mirror_axes if axis != inference.swap_axis],  # nnU-Net cannot exchange labels
     )
 
 

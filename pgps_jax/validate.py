@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from pgps_jax.data.dataset import Labels
+from pgps_jax.data.dataset import channel_names, file_ending
+from pgps_jax.data.labels import Labels
 from pgps_jax.data.nifti import axis_codes, read_header, write_volume
 from pgps_jax.data.plan import read_plan
 from pgps_jax.data.preprocess import Preprocessed
 from pgps_jax.errors import InputError
 from pgps_jax.evaluate.summary import evaluate_folder
 from pgps_jax.infer.predict import Predictor, find_cases, make_predictor
+from pgps_jax.inference import read_inference
+from pgps_jax.json_file import read_json
 from pgps_jax.train.checkpoint import load_params
-from pgps_jax.workspace import Experiment, read_json
+from pgps_jax.workspace import Experiment
 
 Callback = Callable[[int, int], None]
 
@@ -65,15 +68,14 @@ def load_predictor(run: Path, checkpoint: str = "last", mirror: bool = True, ste
     """
     folds = fold_folders(run)
     plan, dataset_json = read_plan(folds[0] / "plan.json"), read_json(folds[0] / "dataset.json")
-    inference = read_json(folds[0] / "inference.json")
-    configuration = plan.configurations[inference["configuration"]]
-    channels = dataset_json.get("channel_names") or dataset_json.get("modality") or {}
+    inference = read_inference(folds[0], plan)
+    configuration = plan.configurations[inference.configuration]
     return make_predictor(
-        plan, configuration, Labels.from_json(dataset_json), [channels[k] for k in sorted(channels, key=int)],
+        plan, configuration, Labels.from_json(dataset_json), channel_names(folds[0], dataset_json),
         [load_params(fold / "checkpoints", checkpoint) for fold in folds],
-        file_ending=dataset_json["file_ending"], mirror=mirror, mirror_axes=inference["mirror_axes"], step=step,
-        swap_axis=inference.get("swap_axis"), swap_pairs=[tuple(pair) for pair in inference.get("swap_pairs", ())],
-        orientation=inference.get("orientation"),  # imported models do not know theirs: images are taken as they are
+        file_ending=file_ending(folds[0], dataset_json), mirror=mirror, mirror_axes=inference.mirror_axes, step=step,
+        swap_axis=inference.swap_axis, swap_pairs=inference.swap_pairs,
+        orientation=inference.orientation,  # imported models do not know theirs: images are taken as they are
     )
 
 

@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"train.state", "train.step", "train.memory", "train.programs", "train.checkpoint", "train.checksum", "train.device", "train.stopping",
      "infer.sliding_window"},
     {"config"},
-    {"chosen_network"},
+    {"chosen_network", "inference"},
     {"workspace", "commands"},
     {"train.health", "train.meter", "train.setup", "train.pretrained", "train.sizing", "train.online_validation", "train.loop",
      "train.recovery", "infer.export", "infer.predict"},

@@ -17,6 +17,7 @@ from pgps_jax.data.folds import read_folds
 from pgps_jax.data.nifti import read_header, read_volume
 from pgps_jax.data.plan import read_plan
 from pgps_jax.errors import InputError
+from pgps_jax.inference import read_inference
 from pgps_jax.json_file import read_json
 
 PLAN = {
@@ -153,3 +154,22 @@ def test_json_beyond_reason_is_refused(tmp_path, text, words):
 def test_a_config_of_absurd_values_is_refused_naming_the_key(values):
     with pytest.raises(InputError, match=f"config.json: {next(iter(values))}"):
         from_json(RunConfig, {"dataset": "x"} | values, "config.json")
+
+
+INFERENCE = {"configuration": "3d_fullres", "mirror_axes": [0, 1, 2], "orientation": "RAS"}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({}, None), ({"orientation": None}, None), ({"swap_axis": 2, "swap_pairs": [[1, 2]]}, None),
+    ({"configuration": "2d"}, "not in the plan"), ({"configuration": ["3d_fullres"]}, "configuration"), ({"mirror_axes": [0, 3]}, "axes"),
+    ({"mirror_axes": [0, 0]}, "axes"), ({"mirror_axes": 10**18}, "mirror_axes"), ({"orientation": "RRS"}, "orientation"),
+    ({"orientation": "?"}, "orientation"), ({"swap_axis": -1}, "axes"), ({"swap_pairs": [[1]]}, "swap_pairs"), ({"x": 1}, "unknown keys x"),
+])
+def test_inference_json_is_read_when_it_fits_the_plan(tmp_path, changes, words):
+    plan = read_changed_plan(tmp_path)
+    (tmp_path / "inference.json").write_text(json.dumps(INFERENCE | changes))
+    if words is None:
+        assert read_inference(tmp_path, plan).configuration == "3d_fullres"
+    else:
+        with pytest.raises(InputError, match=rf"inference\.json.*{words}"):
+            read_inference(tmp_path, plan)

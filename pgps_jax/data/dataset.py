@@ -63,11 +63,7 @@ def open_dataset(path: Path) -> Dataset:
     for key in ("labels", "numTraining", "file_ending"):
         if key not in content:
             raise InputError(f'{folder / "dataset.json"}: the key "{key}" is missing')
-    ending = content["file_ending"]
-    if ending not in NIFTI_ENDINGS + SITK_ENDINGS:
-        raise InputError(f'{folder / "dataset.json"}: file_ending {ending!r} is not read; known are '
-                         f"{', '.join(NIFTI_ENDINGS + SITK_ENDINGS)}")
-    channels = _channel_names(folder, content)
+    ending, channels = file_ending(folder, content), channel_names(folder, content)
     try:
         labels = Labels.from_json(content)
     except InputError as error:
@@ -99,7 +95,17 @@ def check_case_id(case_id: str, where: object) -> None:
                          f"no dot in front, at most {LONGEST_ID} bytes. Rename it")
 
 
-def _channel_names(folder: Path, content: dict) -> tuple[str, ...]:
+def file_ending(folder: Path, content: dict) -> str:
+    """How the names of a dataset's images end, by its dataset.json; InputError if such files are not read."""
+    ending = content.get("file_ending")
+    if ending not in NIFTI_ENDINGS + SITK_ENDINGS:
+        raise InputError(f'{folder / "dataset.json"}: file_ending {brief(ending)} is not read; known are '
+                         f"{', '.join(NIFTI_ENDINGS + SITK_ENDINGS)}")
+    return ending
+
+
+def channel_names(folder: Path, content: dict) -> tuple[str, ...]:
+    """Names of the image channels by a dataset.json, in order; InputError if they are not numbered from 0."""
     names = content.get("channel_names", content.get("modality"))  # `modality` is what nnU-Net 1 called it
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))} or not names:
         raise InputError(f'{folder / "dataset.json"}: "channel_names" must be an object {{"0": "CT", "1": ...}} '

@@ -19,7 +19,7 @@ from jaxtyping import Float, Shaped
 from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from pgps_jax.architecture import Size
-from pgps_jax.errors import InputError
+from pgps_jax.errors import InputError, brief
 
 Spacing = tuple[float, float, float]
 NIFTI_ENDINGS = (".nii.gz", ".nii")
@@ -122,12 +122,17 @@ def reorient(
     Raises:
         InputError: `codes` does not name each body axis once.
     """
-    pairs = {"R": "RL", "L": "RL", "A": "AP", "P": "AP", "S": "SI", "I": "SI"}
-    if sorted(pairs.get(code, "?") for code in codes) != ["AP", "RL", "SI"]:
-        raise InputError(f"orientation {codes!r}: want one letter of each of R/L, A/P, S/I, such as RAS or LPS")
+    check_orientation(codes)
     transform = ornt_transform(io_orientation(affine), axcodes2ornt(codes))
     new_affine = affine @ nibabel.orientations.inv_ornt_aff(transform, array.T.shape)
     return np.ascontiguousarray(apply_orientation(array.T, transform).T), new_affine
+
+
+def check_orientation(codes: str) -> None:
+    """Raise InputError unless each body axis is named once, as in "RAS"."""
+    axes = {"R": "RL", "L": "RL", "A": "AP", "P": "AP", "S": "SI", "I": "SI"}
+    if sorted(axes.get(code, "?") for code in codes) != ["AP", "RL", "SI"]:
+        raise InputError(f"orientation {brief(codes)}: want one letter of each of R/L, A/P, S/I, such as RAS or LPS")
 
 
 def geometry_difference(first: Header, second: Header) -> float:
