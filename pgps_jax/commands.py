@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pgps_jax.config import Planner, RunConfig
+from pgps_jax.config import NetworkConfig, Planner, RunConfig
 from pgps_jax.data.planner import Overrides
 
 
@@ -227,5 +227,38 @@ Command = (
     | Annotated[ConvertMsd, tyro.conf.subcommand("convert-msd")]
     | Annotated[ImportNnunet, tyro.conf.subcommand("import-nnunet")]
     | Annotated[ExportNnunet, tyro.conf.subcommand("export-nnunet")]
+@dataclass(frozen=True)
+class ImportMonai:
+    """Make a run folder of a UNETR or SwinUNETR that was trained with MONAI, so that `predict` can use it."""
+
+    weights: tyro.conf.Positional[Path]
+    """Torch file with the state dict, every parameter of the network that --network describes."""
+    dataset: tyro.conf.Positional[Path]
+    """Planned dataset, or its preprocessed folder: says how images are prepared and what the outputs are."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """New folder, in which fold_0 is made."""
+    workspace: Path = Path("pgps_workspace")
+    """Folder under which the plan lies."""
+    planner: Planner = "nnunet"
+    """Whose plans."""
+    configuration: str = "3d_fullres"
+    """Configuration of the plans."""
+    network: NetworkConfig = field(default_factory=lambda: NetworkConfig(backbone="swin-unetr"))
+
+
+@dataclass(frozen=True)
+class ExportMonai:
+    """Write a trained run of UNETR or SwinUNETR as files that MONAI's classes load strictly."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder (…/fold_<k>), or its parent for all folds."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for fold_<k>.pt (state dicts) and network.json (MONAI's class and its arguments)."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which checkpoint."""
+
+
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
+    | Annotated[ImportMonai, tyro.conf.subcommand("import-monai")]
+    | Annotated[ExportMonai, tyro.conf.subcommand("export-monai")]

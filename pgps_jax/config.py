@@ -79,6 +79,9 @@ class RunConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    pretrained: Path | None = None
+    """Start from the weights of another run (…/fold_<k>), of nnU-Net (checkpoint_final.pth), or of MONAI's UNETR, SwinUNETR or
+    self-supervised SwinUNETR encoder (.pt). What does not fit stays fresh; pretrained.json in the run folder says what."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """Where to compute; auto takes an accelerator when there is one."""
     deterministic: bool = False

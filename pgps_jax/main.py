@@ -18,9 +18,11 @@ from pgps_jax.commands import (
     Evaluate,
     ExportNnunet,
     FetchMsd,
+    ExportMonai,
     FindPostprocessing,
     ImportNnunet,
     PlanCommand,
+    ImportMonai,
     Postprocess,
     Predict,
     Preprocess,
@@ -38,7 +40,7 @@ from pgps_jax.data.synthetic import write_phantom_dataset
 from pgps_jax.errors import InputError
 from pgps_jax.evaluate.postprocess import apply_postprocessing, decide_postprocessing, read_postprocessing, write_postprocessing
 from pgps_jax.evaluate.summary import evaluate_folder
-from pgps_jax.exchange import export_nnunet, import_nnunet
+from pgps_jax.exchange import export_monai, export_nnunet, import_monai, import_nnunet
 from pgps_jax.infer.predict import predict_folder
 from pgps_jax.report.doctor_page import write_doctor_report
 from pgps_jax.report.environment import environment
@@ -50,6 +52,7 @@ from pgps_jax.train.loop import Stopped, train
 from pgps_jax.train.programs import enable_compilation_cache
 from pgps_jax.train.sizing import sized
 from pgps_jax.validate import dice_table, load_predictor, other_orientations, validate
+from pgps_jax.train.pretrained import check_pretrained, prepare_start, write_start
 
 EXIT_BAD_INPUT = 2
 CACHE_BYTES = 4 * 2**30
@@ -110,10 +113,15 @@ def run_training(config: RunConfig) -> dict:
     experiment = workspace.open_experiment(config, say)
     if not (experiment.folder / "config.json").exists():
         experiment = sized(experiment, say)
+    check_pretrained(config)
     workspace.write_run_folder(experiment, environment())
+    start = prepare_start(experiment)
     if note := workspace.note_on_sides(experiment):
         say(note)
     rows = stage_rows(experiment.schedule, experiment.configuration.patch_size, experiment.configuration.batch_size)
+    if start:
+        write_start(experiment, start)
+        say(f"weights of {start.source}: {start.report}")
     console.print(schedule_table(rows, f"{config.curriculum.mode}, {experiment.num_steps} steps"))
     train(experiment)
     with CaseProgress("validation") as progress:
@@ -288,6 +296,7 @@ def execute(command: object) -> int:
             case Demo():
                 return demo(command)
     except InputError as error:
+                check_pretrained(command)
         complain(f"error: {error}")
         return EXIT_BAD_INPUT
     except Stopped:
@@ -300,3 +309,10 @@ def execute(command: object) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+            case ImportMonai():
+                _, planned, dataset = workspace.planned(command.dataset, command.workspace, command.planner)
+                configuration = workspace.configuration_of(planned, command.configuration, command.network, say=say)
+                say(f"run: {import_monai(command.weights, planned, dataset, configuration, command.output)}")
+            case ExportMonai():
+                for file in export_monai(command.run, command.output, command.checkpoint):
+                    say(f"MONAI state dict: {file}")

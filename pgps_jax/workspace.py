@@ -109,6 +109,15 @@ def explanation(dataset: Dataset, plan: Plan, folder: Path) -> list[str]:
     return explain(plan, fingerprint, dataset)
 
 
+def planned(dataset: Path, workspace: Path, planner: Planner) -> tuple[Path, Plan, dict]:
+    """Preprocessed folder, plan and dataset.json of a dataset; InputError where it is not planned."""
+    folder = preprocessed_folder(dataset, workspace)
+    plans_file = folder / PLANS_FILE[planner]
+    if not plans_file.exists():
+        raise InputError(f"{plans_file}: this dataset is not planned yet; use `run`, or `plan` and `preprocess` before `train`")
+    return folder, read_plan(plans_file), read_json(folder / "dataset.json")
+
+
 def configuration_of(
     plan: Plan, name: str, network: NetworkConfig = NetworkConfig(), batch_size: int | None = None,  # noqa: B008 (frozen)
     say: Callable[[str], None] = lambda _: None,
@@ -211,13 +220,8 @@ def open_experiment(config: RunConfig, say: Callable[[str], None] = lambda _: No
     Everything that can be refused is refused here, before anything is written. `say` hears what was not planned this way.
     """
     config.check_loader()
-    preprocessed = preprocessed_folder(config.dataset, config.workspace)
-    plans_file = preprocessed / PLANS_FILE[config.planner]
-    if not plans_file.exists():
-        raise InputError(f"{plans_file}: this dataset is not planned yet; use `run`, or `plan` and `preprocess` before `train`")
-    plan = read_plan(plans_file)
+    preprocessed, plan, dataset_json = planned(config.dataset, config.workspace, config.planner)
     configuration = configuration_of(plan, config.configuration, config.network, config.batch_size, say)
-    dataset_json = read_json(preprocessed / "dataset.json")
     store = CaseStore(preprocessed / configuration.data_identifier)
     if not store.ids:
         raise InputError(f"{store.folder}: holds no preprocessed cases; use `run`, or `preprocess` before `train`")
@@ -236,7 +240,7 @@ def open_experiment(config: RunConfig, say: Callable[[str], None] = lambda _: No
     else:
         schedule = planned_schedule(config, configuration, len(train_ids))
     labels = Labels.from_json(dataset_json)
-    changed = dataclasses.replace(plan, configurations=plan.configurations | {config.configuration: configuration})
+    changed = plan.with_configuration(configuration)
     return Experiment(
         config, folder, preprocessed, changed, configuration, dataset_json, labels, store, tuple(train_ids), tuple(validation_ids),
         schedule, learning_rates(config, configuration, schedule), augment_policy(config, plan, configuration, labels, store),

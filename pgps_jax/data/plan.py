@@ -73,6 +73,10 @@ class Plan:
     notes: tuple[str, ...] = field(default=(), compare=False)  # what overrides changed, in words; not written
     source: dict = field(default_factory=dict, repr=False, compare=False)  # plans.json as read, without configurations
 
+    def with_configuration(self, configuration: Configuration) -> "Plan":
+        """The plan with a configuration in place of the one of its name."""
+        return replace(self, configurations=self.configurations | {configuration.name: configuration})
+
     @staticmethod
     def from_json(content: dict) -> "Plan":
         """Read nnU-Net's plans.json: current, 2.0 to 2.3 (legacy networks), with inheritance, edited by hand.

@@ -20,7 +20,7 @@ def params_from_state_dict(state_dict: dict[str, np.ndarray]) -> dict:
     """Nested dict of our parameters, list positions as int keys."""
     params = {}
     for name, array in state_dict.items():
-        name = _PREFIXES.sub("", name)
+        name = _PREFIXES.sub("", name).replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")  # old names
         *folders, leaf = name.split(".")
         array = np.asarray(array)
         if leaf == _INDEX:
@@ -68,7 +68,6 @@ def swin_encoder_from_pretraining(state_dict: dict[str, np.ndarray]) -> tuple[di
         nested = re.sub(r"^encoder\.(layers\d)\.0\.0\.", r"\1.0.", short)
         bare = re.sub(r"^(encoder\.(?=patch_embed)|swinViT\.)", "", nested)
         if re.match(r"patch_embed\.|layers\dc?\.0\.", bare):
-            bare = bare.replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")
             encoder["swinViT." + bare] = array
         else:
             others.append(name)
