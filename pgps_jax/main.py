@@ -16,13 +16,13 @@ from pgps_jax.commands import (
     Demo,
     Doctor,
     Evaluate,
+    ExportMonai,
     ExportNnunet,
     FetchMsd,
-    ExportMonai,
     FindPostprocessing,
+    ImportMonai,
     ImportNnunet,
     PlanCommand,
-    ImportMonai,
     Postprocess,
     Predict,
     Preprocess,
@@ -49,10 +49,10 @@ from pgps_jax.report.run_log import complain, console, say
 from pgps_jax.report.schedule import plot_schedule, schedule_table, stage_rows, voxel_share
 from pgps_jax.train.device import choose_platform, warnings
 from pgps_jax.train.loop import Stopped, train
+from pgps_jax.train.pretrained import check_pretrained, prepare_start, write_start
 from pgps_jax.train.programs import enable_compilation_cache
 from pgps_jax.train.sizing import sized
 from pgps_jax.validate import dice_table, load_predictor, other_orientations, validate
-from pgps_jax.train.pretrained import check_pretrained, prepare_start, write_start
 
 EXIT_BAD_INPUT = 2
 CACHE_BYTES = 4 * 2**30
@@ -110,18 +110,18 @@ def run_training(config: RunConfig) -> dict:
     for line in (enable_compilation_cache(cache_folder(), CACHE_BYTES), *warnings()):
         if line:
             complain(line)
+    check_pretrained(config)
     experiment = workspace.open_experiment(config, say)
+    start = prepare_start(experiment)
     if not (experiment.folder / "config.json").exists():
         experiment = sized(experiment, say)
-    check_pretrained(config)
     workspace.write_run_folder(experiment, environment())
-    start = prepare_start(experiment)
-    if note := workspace.note_on_sides(experiment):
-        say(note)
-    rows = stage_rows(experiment.schedule, experiment.configuration.patch_size, experiment.configuration.batch_size)
     if start:
         write_start(experiment, start)
         say(f"weights of {start.source}: {start.report}")
+    if note := workspace.note_on_sides(experiment):
+        say(note)
+    rows = stage_rows(experiment.schedule, experiment.configuration.patch_size, experiment.configuration.batch_size)
     console.print(schedule_table(rows, f"{config.curriculum.mode}, {experiment.num_steps} steps"))
     train(experiment)
     with CaseProgress("validation") as progress:
@@ -269,6 +269,7 @@ def execute(command: object) -> int:
             case Train():
                 run_training(command)
             case Run():
+                check_pretrained(command)
                 plan(PlanCommand(command.dataset, command.workspace, command.planner, workers=command.workers))
                 preprocess(command)
                 run_training(command)
@@ -293,10 +294,16 @@ def execute(command: object) -> int:
             case ExportNnunet():
                 export_nnunet(command.run, command.output, command.checkpoint)
                 say(f"nnU-Net model: {command.output}")
+            case ImportMonai():
+                _, planned, dataset = workspace.planned(command.dataset, command.workspace, command.planner)
+                configuration = workspace.configuration_of(planned, command.configuration, command.network, say=say)
+                say(f"run: {import_monai(command.weights, planned, dataset, configuration, command.output)}")
+            case ExportMonai():
+                for file in export_monai(command.run, command.output, command.checkpoint):
+                    say(f"MONAI state dict: {file}")
             case Demo():
                 return demo(command)
     except InputError as error:
-                check_pretrained(command)
         complain(f"error: {error}")
         return EXIT_BAD_INPUT
     except Stopped:
@@ -309,10 +316,3 @@ def execute(command: object) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-            case ImportMonai():
-                _, planned, dataset = workspace.planned(command.dataset, command.workspace, command.planner)
-                configuration = workspace.configuration_of(planned, command.configuration, command.network, say=say)
-                say(f"run: {import_monai(command.weights, planned, dataset, configuration, command.output)}")
-            case ExportMonai():
-                for file in export_monai(command.run, command.output, command.checkpoint):
-                    say(f"MONAI state dict: {file}")
