@@ -212,21 +212,6 @@ class ExportNnunet:
     """Which checkpoint."""
 
 
-Command = (
-    Annotated[Run, tyro.conf.subcommand("run")]
-    | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
-    | Annotated[Preprocess, tyro.conf.subcommand("preprocess")]
-    | Annotated[ShowSchedule, tyro.conf.subcommand("schedule")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Predict, tyro.conf.subcommand("predict")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[FindPostprocessing, tyro.conf.subcommand("find-postprocessing")]
-    | Annotated[Postprocess, tyro.conf.subcommand("postprocess")]
-    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-    | Annotated[FetchMsd, tyro.conf.subcommand("fetch-msd")]
-    | Annotated[ConvertMsd, tyro.conf.subcommand("convert-msd")]
-    | Annotated[ImportNnunet, tyro.conf.subcommand("import-nnunet")]
-    | Annotated[ExportNnunet, tyro.conf.subcommand("export-nnunet")]
 @dataclass(frozen=True)
 class ImportMonai:
     """Make a run folder of a UNETR or SwinUNETR that was trained with MONAI, so that `predict` can use it."""
@@ -258,7 +243,22 @@ class ExportMonai:
     """Which checkpoint."""
 
 
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-)
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+    | Annotated[Preprocess, tyro.conf.subcommand("preprocess")]
+    | Annotated[ShowSchedule, tyro.conf.subcommand("schedule")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[FindPostprocessing, tyro.conf.subcommand("find-postprocessing")]
+    | Annotated[Postprocess, tyro.conf.subcommand("postprocess")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[FetchMsd, tyro.conf.subcommand("fetch-msd")]
+    | Annotated[ConvertMsd, tyro.conf.subcommand("convert-msd")]
+    | Annotated[ImportNnunet, tyro.conf.subcommand("import-nnunet")]
+    | Annotated[ExportNnunet, tyro.conf.subcommand("export-nnunet")]
     | Annotated[ImportMonai, tyro.conf.subcommand("import-monai")]
     | Annotated[ExportMonai, tyro.conf.subcommand("export-monai")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
