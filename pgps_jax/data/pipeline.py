@@ -7,6 +7,7 @@ step where it stands, and neither the number of threads nor that of processes ch
 This is the only file that imports grain. It does not import JAX: worker processes would occupy the accelerator.
 """
 
+import errno
 import threading
 import time
 from collections import OrderedDict
@@ -22,12 +23,15 @@ from pgps_jax.curriculum import Schedule, Stage
 from pgps_jax.data.sampling import BatchDraw, SamplingConfig, cut_crops, draw_batch, is_annotated, place_crops
 from pgps_jax.data.store import CaseStore, StoredCase
 from pgps_jax.errors import InputError
+from pgps_jax.host_memory import gib, host_bytes_left
 
 _PURPOSES = {"training": 0, "validation": 1}  # part of the seed: both kinds of batches are numbered from 0
 _OPEN_BYTES = 1024**3  # of files and tables that stay mapped between batches
 _AHEAD_BYTES = 512 * 1024**2  # of batches that are read ahead, if that is more than the fewest that keep threads busy
 _MOST_AHEAD = 16
 _CACHE_BYTES = 256 * 1024**2  # small datasets fit; reading them from memory takes half the time
+_WAITS = (1.0, 2.0, 5.0, *[10.0] * 90)  # seconds between tries while a folder is out of reach: a quarter of an hour
+_PASSING = {getattr(errno, name, None) for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH")}
 
 
 class PatchBatch(NamedTuple):
@@ -123,11 +127,26 @@ class PatchSource:
         return tuple(self.case_ids[i] for i in np.unique(self.draw_of_step(step)[1].case))
 
     def batch_of_step(self, step: int) -> PatchBatch:
-        """The batch of a step.
+        """The batch of a step. While the folder is out of reach, as when a network drive is lost, it waits, up to 15 minutes.
 
         Raises:
-            InputError: a case cannot be read, naming step, case and cause.
+            InputError: a case cannot be read, naming step, stage, case, shape, cause and free memory.
         """
+        for wait in (*_WAITS, None):
+            try:
+                return self._cut_batch(step)
+            except InputError as error:
+                if wait is None or not self._out_of_reach(error):
+                    raise
+            time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
+
+    def _out_of_reach(self, error: InputError) -> bool:
+        """Whether trying again may help: the folder is gone or its disk does not answer, not a case in it."""
+        cause = error.__cause__
+        return not self._folder.is_dir() or (isinstance(cause, OSError) and cause.errno in _PASSING)
+
+    def _cut_batch(self, step: int) -> PatchBatch:
         stage, draw = self.draw_of_step(step)
         crop_size = self.crop_sizes[stage.index]
         part, parts = self._share
@@ -145,7 +164,10 @@ class PatchSource:
                     )
                     cut_crops(case, placed.start, image, label, rows)
             except (OSError, RuntimeError, ValueError, MemoryError) as error:
-                raise InputError(f"Step {step}: no patch can be cut from case {name} in {self._folder} ({error}).") from error
+                raise InputError(
+                    f"Step {step}, stage {stage.index}: no patch of {'x'.join(map(str, crop_size))} can be cut from case {name} in "
+                    f"{self._folder} ({str(error) or type(error).__name__}); {gib(host_bytes_left())} of memory are free."
+                ) from error
         return PatchBatch(image, label)
 
     def batch_bytes(self, stage: Stage) -> int:

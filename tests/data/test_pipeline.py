@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from dataclasses import dataclass, field
@@ -273,3 +274,41 @@ def test_cases_are_kept_in_memory_up_to_the_limit_with_the_same_bits(store):
             assert all(same(a, b) for a, b in zip(batches, expected, strict=True))
         assert set(source._cases._cached) == kept
         assert all(isinstance(opened._case.image, np.ndarray) for opened in source._cases._cached.values())
+
+
+# A folder that is out of reach
+
+
+def test_reading_waits_for_a_folder_that_is_gone_and_goes_on_when_it_is_back(store, tmp_path, monkeypatch):
+    folder = tmp_path / "cases"
+    shutil.copytree(store.folder, folder)
+    source = make_source(CaseStore(folder))
+    expected = source.batch_of_step(3)
+    source, waits = make_source(CaseStore(folder)), []
+    folder.rename(tmp_path / "away")
+
+    def back_after_three(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            (tmp_path / "away").rename(folder)
+
+    monkeypatch.setattr(pipeline.time, "sleep", back_after_three)
+    assert same(source.batch_of_step(3), expected)
+    assert waits == [1.0, 2.0, 5.0]
+
+
+def test_a_folder_that_stays_away_is_told_in_the_end_and_a_missing_case_at_once(store, tmp_path, monkeypatch):
+    folder, waits = tmp_path / "cases", []
+    shutil.copytree(store.folder, folder)
+    monkeypatch.setattr(pipeline.time, "sleep", waits.append)
+    source = make_source(CaseStore(folder))
+    name = source.cases_of_step(3)[-1]  # the first was opened to learn the channels
+    for path in folder.rglob(f"{name}*"):
+        path.unlink()
+    with pytest.raises(InputError, match=f"Step 3, stage 0: no patch of 5x5x4 can be cut from case {name} in .*of memory are free"):
+        source.batch_of_step(3)
+    assert not waits
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match="can be cut"):
+        source.batch_of_step(3)
+    assert 600 < sum(waits) < 1200
