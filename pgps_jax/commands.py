@@ -32,6 +32,21 @@ class ShowSchedule(RunConfig):
 
 
 @dataclass(frozen=True)
+class Bench(RunConfig):
+    """Measure how fast batches are read and computed on this machine, per stage, and tell what limits training and what to change.
+
+    Takes the flags of `train`; nothing is trained or written.
+    """
+
+    stages: tuple[int, ...] = ()
+    """Which stages, by the numbers that `schedule` prints; the first, a middle and the last one when not given."""
+    seconds: float = 5.0
+    """About how long each of the four measurements of a stage takes."""
+    json: Path | None = None
+    """Also write the numbers into this JSON file."""
+
+
+@dataclass(frozen=True)
 class PlanCommand:
     """Check a raw dataset, measure it, and plan networks for it (nnU-Net's plans.json)."""
 
@@ -249,6 +264,7 @@ Command = (
     | Annotated[Preprocess, tyro.conf.subcommand("preprocess")]
     | Annotated[ShowSchedule, tyro.conf.subcommand("schedule")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[FindPostprocessing, tyro.conf.subcommand("find-postprocessing")]

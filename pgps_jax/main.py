@@ -10,7 +10,9 @@ from pathlib import Path
 import tyro
 
 from pgps_jax import __version__, workspace
+from pgps_jax.bench import check_bench, chosen_stages, host_of, measure_stage, open_bench
 from pgps_jax.commands import (
+    Bench,
     Command,
     ConvertMsd,
     Demo,
@@ -42,6 +44,7 @@ from pgps_jax.evaluate.postprocess import apply_postprocessing, decide_postproce
 from pgps_jax.evaluate.summary import evaluate_folder
 from pgps_jax.exchange import export_monai, export_nnunet, import_monai, import_nnunet
 from pgps_jax.infer.predict import predict_folder
+from pgps_jax.report.bench import advice, bench_table, overall_limit
 from pgps_jax.report.doctor_page import write_doctor_report
 from pgps_jax.report.environment import environment
 from pgps_jax.report.progress import CaseProgress
@@ -130,6 +133,30 @@ def run_training(config: RunConfig) -> dict:
     say(f"run: {experiment.folder}\npicture: {experiment.folder / 'progress.png'}\n"
         f"summary: {experiment.folder / 'validation' / 'summary.json'}")
     return summary
+
+
+def bench(command: Bench) -> None:
+    """Measure stages, print rates, limit and advice."""
+    check_bench(command.seconds)
+    if command.json is not None and not command.json.parent.is_dir():
+        raise InputError(f"--json {command.json}: {command.json.parent} is no folder")
+    choose_platform(command.device)
+    enable_compilation_cache(cache_folder(), CACHE_BYTES)
+    experiment = open_bench(command, say)
+    host, rows = host_of(experiment), []
+    stages = chosen_stages(experiment, command.stages)
+    with CaseProgress("measuring stages") as progress:
+        for done, stage in enumerate(stages):
+            progress(done, len(stages))
+            rows.append(measure_stage(experiment, stage, command.seconds, say))
+        progress(len(stages), len(stages))
+    limit, waiting = overall_limit(rows, experiment.schedule, host)
+    console.print(bench_table(rows, host))
+    say(f"{limit}; training would wait for input {100 * waiting:.0f} % of its time. What to change: {advice(limit, host)}")
+    if command.json is not None:
+        workspace.write_json(command.json, {
+            "limit": limit, "input_wait": round(waiting, 4), "advice": advice(limit, host), "host": host._asdict(),
+            "stages": [row.record() for row in rows], "environment": environment()})
 
 
 def cache_folder() -> Path:
@@ -273,6 +300,8 @@ def execute(command: object) -> int:
                 plan(PlanCommand(command.dataset, command.workspace, command.planner, workers=command.workers))
                 preprocess(command)
                 run_training(command)
+            case Bench():
+                bench(command)
             case Predict():
                 predict(command)
             case Evaluate():

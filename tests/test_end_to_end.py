@@ -305,6 +305,27 @@ def test_a_batch_that_fills_the_memory_may_be_limited_to_a_share_of_the_dataset(
     assert stage["batch_size"] == max(2, round(0.7 * voxels / np.prod(plan["patch_size"])))
 
 
+def test_bench_measures_without_writing_into_the_workspace(tiny, tmp_path, capsys):
+    raw, workspace = tiny
+    before = sorted(workspace.rglob("*"))
+    arguments = ["bench", *command(raw, workspace, "whole", "--mode", "performance", "--seconds", "0.3", "--stages", "1")[1:]]
+    assert main([*arguments, "--json", str(tmp_path / "bench.json")]) == 0
+    assert sorted(workspace.rglob("*")) == before
+    found = json.loads((tmp_path / "bench.json").read_text())
+    (stage,) = found["stages"]
+    assert stage["stage"] == 1 and min(stage["input"], stage["step"], stage["both"]) > 0 and 0 <= stage["input_wait"] <= 1
+    printed = capsys.readouterr().out
+    assert found["limit"] in printed and found["advice"].split(";")[0] in printed.replace("\n", " ")
+
+
+def test_bench_refuses_what_it_cannot_measure(tiny, tmp_path, capsys):
+    raw, workspace = tiny
+    for arguments, words in ((["--stages", "99"], "--stages 99"), (["--seconds", "0"], "--seconds 0"),
+                             (["--json", str(tmp_path / "none" / "x.json")], "no folder")):
+        assert main(["bench", *command(raw, workspace, "whole", *arguments)[1:]]) == EXIT_BAD_INPUT
+        assert words in capsys.readouterr().err
+
+
 def test_batches_too_large_for_the_device_are_computed_in_parts(tiny, monkeypatch, capsys):
     raw, workspace = tiny
     monkeypatch.setattr(sizing, "device_budget", lambda fraction: 0)

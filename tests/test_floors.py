@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"curriculum", "pacing", "data.store", "data.preprocess", "data.sampling", "data.similarity", "interop.preprocessed",
      "models.unet", "models.resenc", "models.unetr", "models.swin_unetr", "models.__init__", "evaluate.metrics", "evaluate.surface"},
     {"data.pipeline", "data.class_balance", "train.losses", "train.augment", "train.optim", "evaluate.summary", "evaluate.postprocess",
-     "report.schedule", "report.progress", "report.environment", "report.doctor_page"},
+     "report.schedule", "report.bench", "report.progress", "report.environment", "report.health_summary", "report.doctor_page"},
     {"train.state", "train.step", "train.memory", "train.programs", "train.checkpoint", "train.checksum", "train.device", "train.stopping",
      "infer.sliding_window"},
     {"config"},
@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"workspace", "commands"},
     {"train.health", "train.meter", "train.setup", "train.pretrained", "train.sizing", "train.online_validation", "train.loop",
      "train.recovery", "infer.export", "infer.predict"},
-    {"validate"},
+    {"validate", "bench"},
     {"exchange"},
     {"main"},
 ]
