@@ -95,9 +95,10 @@ def rate(batches, seconds: float) -> float:
     return count / (time.perf_counter() - began)
 
 
-def ours(folder: Path, stage, plan: BenchPlan, options) -> Measured:
+def our_source(folder: Path, stage, plan: BenchPlan, image_dtype: str):
+    """Batches of one stage as pgps_jax's training gets them, for a very long time."""
     from pgps_jax.curriculum import Schedule
-    from pgps_jax.data.pipeline import PatchSource, PatchStream
+    from pgps_jax.data.pipeline import PatchSource
     from pgps_jax.data.sampling import SamplingConfig
     from pgps_jax.data.store import CaseStore
     from pgps_jax.train.augment import AugmentConfig, crop_size, make_policy
@@ -105,11 +106,15 @@ def ours(folder: Path, stage, plan: BenchPlan, options) -> Measured:
     store, steps = CaseStore(folder), 1_000_000
     schedule = Schedule((replace(stage, index=0),), np.zeros(steps, np.int32), np.full(steps, len(store.ids), np.int32))
     crop = crop_size(make_policy(AugmentConfig(), plan.patch), stage.patch_size)
+    return PatchSource(
+        store, store.ids, schedule, SamplingConfig(), [crop], plan.batch, seed=0, label_dtype=np.int8, image_dtype=image_dtype)
+
+
+def ours(folder: Path, stage, plan: BenchPlan, options) -> Measured:
+    from pgps_jax.data.pipeline import PatchStream
+
     before = memory()
-    source = PatchSource(
-        store, store.ids, schedule, SamplingConfig(), [crop], plan.batch, seed=0, label_dtype=np.int8,
-        image_dtype=options.image_dtype,
-    )
+    source = our_source(folder, stage, plan, options.image_dtype)
     steps = iter(range(1_000_000))
     alone = core_seconds(lambda: source.batch_of_step(next(steps)), options.seconds)
     if options.core_seconds:
@@ -118,17 +123,14 @@ def ours(folder: Path, stage, plan: BenchPlan, options) -> Measured:
         return Measured(alone, rate(batches, options.seconds), memory() - before)
 
 
-def theirs(folder: Path, stage, plan: BenchPlan, options) -> Measured:
+def nnunet_loader(folder: Path, stage, plan: BenchPlan):
     """nnU-Net's loader and augmentation for the same patch and batch."""
-    import torch
-    from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
     from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
     from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-    torch.set_num_threads(1)
     planar = max(stage.patch_size) / stage.patch_size[0] > 3
     angle = np.pi if planar else np.pi / 6
     crop = get_patch_size(stage.patch_size, (-angle, angle), (-angle, angle), (-angle, angle), (0.85, 1.25))
@@ -139,16 +141,29 @@ def theirs(folder: Path, stage, plan: BenchPlan, options) -> Measured:
         foreground_labels=[1, 2], regions=None, ignore_label=None,
     )
     labels = LabelManager({"background": 0, "one": 1, "two": 2}, None)
-    loader = nnUNetDataLoader(
+    return nnUNetDataLoader(
         nnUNetDatasetBlosc2(str(folder)), stage.batch_size, crop, stage.patch_size, labels, oversample_foreground_percent=0.33,
         transforms=transforms,
     )
+
+
+def nnunet_workers(loader, cores: int):
+    """The same batches, made by one process per core."""
+    from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+
+    return NonDetMultiThreadedAugmenter(
+        loader, None, num_processes=cores, num_cached=max(6, cores // 2), seeds=None, pin_memory=False, wait_time=0.002)
+
+
+def theirs(folder: Path, stage, plan: BenchPlan, options) -> Measured:
+    import torch
+
+    torch.set_num_threads(1)
+    loader = nnunet_loader(folder, stage, plan)
     alone = core_seconds(lambda: next(loader), options.seconds)
     if options.core_seconds:
         return Measured(alone, float("nan"), 0)
-    workers = NonDetMultiThreadedAugmenter(
-        loader, None, num_processes=options.cores, num_cached=max(6, options.cores // 2), seeds=None, pin_memory=False, wait_time=0.002
-    )
+    workers = nnunet_workers(loader, options.cores)
     try:
         found = rate(workers, options.seconds)
         return Measured(alone, found, sum(memory(child.pid) for child in multiprocessing.active_children()))

@@ -1,59 +1,96 @@
-"""Seconds per training step of the Hippocampus plan network at every stage of efficiency mode: pgps_jax against PyTorch.
+"""Seconds per training step at the stages of efficiency mode: pgps_jax against PyTorch with nnU-Net's network.
 
-    python benchmarks/step.py                      # all stages, and 2 x 40x56x40
-    python benchmarks/step.py --stages 0 7 14      # some of them
-    python benchmarks/step.py --network resenc-unet
+    python -m benchmarks.step                      # Hippocampus plan, all stages, and 2 x 40x56x40
+    python -m benchmarks.step --stages 0 7 14      # some of them
+    python -m benchmarks.step --network resenc-unet --plan 128
+    python -m benchmarks.step --device gpu         # bfloat16 against PyTorch's AMP with torch.compile
 
-Both sides run forward, loss (Dice + cross-entropy with deep supervision), backward, clipping and Nesterov SGD in float32 on
-the same cores, each in a process of its own, in turns; a figure is the median over the turns, a ratio the median over the
-ratios of neighbours. PyTorch is nnU-Net's network in eager mode. Needs the extra `bench`.
+Both sides run forward, loss (Dice + cross-entropy with deep supervision), backward, clipping and Nesterov SGD on the
+same device, each in a process of its own, in turns; a figure is the median over the turns, a ratio the median over the
+ratios of neighbours. On CPU both compute in float32 and PyTorch is eager. Needs the extra `bench`.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
+import os
 import platform
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
-FEATURES = (32, 64, 128, 256)
-RESENC_BLOCKS = (1, 3, 4, 6)
-PATCH, BATCH, CLASSES = (40, 56, 40), 9, 3
-HEAD_WEIGHTS = (2 / 3, 1 / 3, 0.0)
 RESULTS = Path(__file__).parent / "results"
 
 
-def architecture(backbone: str):
-    from pgps_jax.architecture import Architecture
+class StepPlan(NamedTuple):
+    """What is trained: a U-Net with strides of 2, its planned patch and batch."""
 
-    n = len(FEATURES)
-    plain = backbone == "plain-unet"
-    return Architecture(
-        backbone,
-        FEATURES,
-        ((3, 3, 3),) * n,
-        ((1, 1, 1),) + ((2, 2, 2),) * (n - 1),
-        (2,) * n if plain else RESENC_BLOCKS,
-        (2 if plain else 1,) * (n - 1),
-    )
+    features: tuple[int, ...]
+    patch: tuple[int, int, int]
+    batch: int
+    classes: int = 3
+
+    def ladder(self):
+        """Patch sizes of efficiency mode."""
+        from pgps_jax.architecture import PatchLimits
+        from pgps_jax.curriculum import patch_ladder
+
+        smallest = (2 ** (len(self.features) - 1),) * 3
+        return patch_ladder("efficiency", self.patch, PatchLimits(smallest, smallest))
+
+    def architecture(self, backbone: str):
+        from pgps_jax.architecture import Architecture
+
+        n, plain = len(self.features), backbone == "plain-unet"
+        blocks = (2,) * n if plain else (1, 3, 4, 6, 6, 6)[:n]
+        strides = ((1, 1, 1),) + ((2, 2, 2),) * (n - 1)
+        return Architecture(backbone, self.features, ((3, 3, 3),) * n, strides, blocks, (2 if plain else 1,) * (n - 1))
+
+    def head_weights(self) -> list[float]:
+        """Of deep supervision: halved from level to level, nothing for the lowest."""
+        n = len(self.features) - 1
+        weights = [1 / 2**i for i in range(n - 1)] + [0.0]
+        return [w / sum(weights) for w in weights]
+
+    def flops(self, patch, batch: int) -> float:
+        """Multiplications and additions of a plain U-Net's convolutions, forward and backward (three times the forward)."""
+        total, before = 0.0, 1
+        for level, f in enumerate(self.features):
+            voxels = batch * math.prod(patch) / 8**level
+            convs = before * f + f * f  # encoder
+            if level < len(self.features) - 1:
+                convs += 2 * f * f + f * f  # decoder
+            total += 2 * 27 * voxels * convs
+            before = f
+        return 3 * total
 
 
-def jax_side(backbone: str):
+PLANS = {
+    "hippocampus": StepPlan((32, 64, 128, 256), (40, 56, 40), 9),
+    "128": StepPlan((32, 64, 128, 256, 320, 320), (128, 128, 128), 2),
+}
+
+
+def jax_side(plan: StepPlan, backbone: str, device: str):
     """(patch, batch) -> (compile seconds, function that runs one step and returns when it is done)."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other side needs memory of the same device
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    from pgps_jax.data.dataset import Labels
+    from pgps_jax.data.labels import Labels
     from pgps_jax.models import build, lowest_head
     from pgps_jax.models.conv import compiler_options
     from pgps_jax.train.losses import segmentation_loss
     from pgps_jax.train.optim import OptimConfig, make_optimizer
 
-    labels = Labels.from_json({"labels": {"background": 0, "anterior": 1, "posterior": 2}})
-    network = architecture(backbone)
-    graphdef, params = nnx.split(build(network, 1, CLASSES, rngs=nnx.Rngs(0)), nnx.Param)
+    labels = Labels.from_json({"labels": {"background": 0} | {f"class {i}": i for i in range(1, plan.classes)}})
+    network = plan.architecture(backbone)
+    dtype = jnp.float32 if device == "cpu" else jnp.bfloat16
+    graphdef, params = nnx.split(build(network, 1, plan.classes, dtype=dtype, rngs=nnx.Rngs(0)), nnx.Param)
     optimizer = make_optimizer(OptimConfig(), lowest_head(network))
 
     def step(state, image, label):
@@ -68,7 +105,7 @@ def jax_side(backbone: str):
 
     def prepare(patch, batch):
         image = jax.random.normal(jax.random.key(0), (batch, *patch, 1))
-        label = jax.random.randint(jax.random.key(1), (batch, *patch), 0, CLASSES)
+        label = jax.random.randint(jax.random.key(1), (batch, *patch), 0, plan.classes)
         state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
         lowered = jax.jit(step, donate_argnums=0).lower(state, image, label)
         start = time.perf_counter()
@@ -85,57 +122,72 @@ def jax_side(backbone: str):
     return prepare
 
 
-def torch_side(backbone: str):
-    """The same with PyTorch and nnU-Net's networks."""
+def torch_trainer(plan: StepPlan, backbone: str, device: str):
+    """nnU-Net's network and one step of its training: (image (b, 1, d, h, w), label (b, d, h, w)) -> loss."""
     import torch
     from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
     from torch.nn import functional as F
 
-    a = architecture(backbone)
+    a = plan.architecture(backbone)
     shared = dict(
-        conv_op=torch.nn.Conv3d,
-        kernel_sizes=a.kernel_sizes,
-        strides=a.strides,
-        num_classes=CLASSES,
-        n_conv_per_stage_decoder=a.convs_per_stage_decoder,
-        conv_bias=True,
-        norm_op=torch.nn.InstanceNorm3d,
-        norm_op_kwargs=dict(eps=1e-5, affine=True),
-        nonlin=torch.nn.LeakyReLU,
-        nonlin_kwargs=dict(inplace=True),
-        deep_supervision=True,
+        conv_op=torch.nn.Conv3d, kernel_sizes=a.kernel_sizes, strides=a.strides, num_classes=plan.classes,
+        n_conv_per_stage_decoder=a.convs_per_stage_decoder, conv_bias=True, norm_op=torch.nn.InstanceNorm3d,
+        norm_op_kwargs=dict(eps=1e-5, affine=True), nonlin=torch.nn.LeakyReLU, nonlin_kwargs=dict(inplace=True), deep_supervision=True,
     )
     if backbone == "plain-unet":
-        net = PlainConvUNet(1, len(FEATURES), FEATURES, n_conv_per_stage=a.blocks_per_stage, **shared)
+        net = PlainConvUNet(1, len(a.features_per_stage), a.features_per_stage, n_conv_per_stage=a.blocks_per_stage, **shared)
     else:
-        net = ResidualEncoderUNet(1, len(FEATURES), FEATURES, n_blocks_per_stage=a.blocks_per_stage, **shared)
+        net = ResidualEncoderUNet(1, len(a.features_per_stage), a.features_per_stage, n_blocks_per_stage=a.blocks_per_stage, **shared)
     torch.nn.functional._verify_spatial_size = lambda size: None  # torch refuses to train with a bottleneck of one voxel
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
+    on_gpu = device == "gpu"
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True
+        net = torch.compile(net.cuda())
+    scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
 
     def loss_of(logits, label):
-        one_hot = F.one_hot(label, CLASSES).movedim(-1, 1)[:, 1:].float()
+        logits = logits.float()
+        one_hot = F.one_hot(label, plan.classes).movedim(-1, 1)[:, 1:].float()
         p = logits.softmax(1)[:, 1:]
         overlap = (p * one_hot).sum((2, 3, 4))
         dice = (2 * overlap + 1e-5) / (one_hot.sum((2, 3, 4)) + p.sum((2, 3, 4)) + 1e-5).clip(1e-8)
         return F.cross_entropy(logits, label) - dice.mean()
 
-    def prepare(patch, batch):
-        image = torch.randn(batch, 1, *patch)
-        label = torch.randint(0, CLASSES, (batch, *patch))
-
-        def run():
-            optimizer.zero_grad(set_to_none=True)
+    def train_on(image, label) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", enabled=on_gpu):
+            heads = net(image)
             loss = 0.0
-            for weight, logits in zip(HEAD_WEIGHTS, net(image), strict=True):
+            for weight, logits in zip(plan.head_weights(), heads, strict=True):
                 if weight:
                     target = F.interpolate(label[:, None].float(), logits.shape[2:], mode="nearest-exact")[:, 0].long()
                     loss = loss + weight * loss_of(logits, target)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 12)
-            optimizer.step()
-            return float(loss)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 12)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.item()
 
-        return 0.0, run
+    train_on.network = net
+    return train_on
+
+
+def torch_side(plan: StepPlan, backbone: str, device: str):
+    """The same with PyTorch."""
+    import torch
+
+    train_on = torch_trainer(plan, backbone, device)
+    where = "cuda" if device == "gpu" else "cpu"
+
+    def prepare(patch, batch):
+        image = torch.randn(batch, 1, *patch, device=where)
+        label = torch.randint(0, plan.classes, (batch, *patch), device=where)
+        start = time.perf_counter()
+        if device == "gpu":
+            train_on(image, label)  # compiles
+        return time.perf_counter() - start, lambda: train_on(image, label)
 
     return prepare
 
@@ -143,9 +195,9 @@ def torch_side(backbone: str):
 SIDES = {"jax": jax_side, "torch": torch_side}
 
 
-def worker(side: str, backbone: str, pipe) -> None:
-    """Process of one side: takes ("prepare", patch, batch) or ("run", seconds), answers with seconds."""
-    prepare = SIDES[side](backbone)
+def worker(make_side, arguments: tuple, pipe) -> None:
+    """Process of one side: takes ("prepare", ...) or ("run", seconds), answers with seconds, until it is sent None."""
+    prepare = make_side(*arguments)
     run = None
     while (order := pipe.recv()) is not None:
         if order[0] == "prepare":
@@ -162,16 +214,33 @@ def worker(side: str, backbone: str, pipe) -> None:
             pipe.send((time.perf_counter() - start) / count)
 
 
-def measure(pipes: dict, patch, batch: int, turns: int, seconds: float) -> dict:
-    compile_seconds = {}
+def start_sides(sides: dict, arguments: tuple) -> dict:
+    """One process per side; returns the ends of their pipes."""
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name, side in sides.items():
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=worker, args=(side, arguments, theirs), daemon=True).start()
+    return pipes
+
+
+def in_turns(pipes: dict, job: tuple, turns: int, seconds: float) -> tuple[dict, dict]:
+    """What each side's preparation took, and its seconds per step in every turn."""
+    prepared = {}
     for side, pipe in pipes.items():
-        pipe.send(("prepare", patch, batch))
-        compile_seconds[side] = pipe.recv()
+        pipe.send(("prepare", *job))
+        prepared[side] = pipe.recv()
     times = {side: [] for side in pipes}
     for _ in range(turns):
         for side, pipe in pipes.items():
             pipe.send(("run", seconds))
             times[side].append(pipe.recv())
+    return prepared, times
+
+
+def compare(pipes: dict, patch, batch: int, options) -> dict:
+    """One row of the table."""
+    prepared, times = in_turns(pipes, (patch, batch), options.turns, options.seconds)
     return {
         "patch": list(patch),
         "batch": batch,
@@ -179,51 +248,56 @@ def measure(pipes: dict, patch, batch: int, turns: int, seconds: float) -> dict:
         "torch_ms": 1e3 * statistics.median(times["torch"]),
         "ratio": statistics.median(j / t for j, t in zip(times["jax"], times["torch"], strict=True)),
         "best_ratio": min(times["jax"]) / min(times["torch"]),
-        "compile_s": compile_seconds["jax"],
+        "compile_s": prepared["jax"],
+        "torch_prepare_s": prepared["torch"],
     }
 
 
+def line(row: dict, flops: float, peak_tflops: float | None) -> str:
+    text = (f"{'x'.join(map(str, row['patch'])):>12} {row['batch']:>5} {row['jax_ms']:>8.1f} ms {row['torch_ms']:>8.1f} ms "
+            f"{row['ratio']:>6.2f} {row['best_ratio']:>6.2f} {row['compile_s']:>6.1f} s {flops / row['jax_ms'] / 1e6:>8.0f} GFLOP/s")
+    return text + (f" {flops / row['jax_ms'] / 1e7 / peak_tflops:>5.1f} % of peak" if peak_tflops else "")
+
+
+def about(device: str) -> dict:
+    """Machine, versions and how busy it was."""
+    names = ("jax", "flax", "torch", "nnunetv2")
+    machine = platform.processor() or platform.machine()
+    if device == "gpu":
+        import torch
+
+        machine = torch.cuda.get_device_name()
+    return {"device": machine, "cores": os.cpu_count(), "load_average": os.getloadavg(), "versions": {n: version(n) for n in names}}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="plain-unet", choices=["plain-unet", "resenc-unet"])
-    parser.add_argument("--stages", type=int, nargs="*", help="stages of efficiency mode; default all")
+    parser.add_argument("--plan", default="hippocampus", choices=PLANS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
+    parser.add_argument("--stages", type=int, nargs="*", help="stages of efficiency mode; default all, and the planned patch with batch 2")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each side's turn")
-    parser.add_argument("--json", type=Path, help="where the results go")
-    args = parser.parse_args()
+    parser.add_argument("--peak-tflops", type=float, help="of the device, for the share of it that is used")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
 
-    import importlib.metadata as metadata
-
-    from pgps_jax.architecture import PatchLimits
-    from pgps_jax.curriculum import patch_ladder
-
-    ladder = patch_ladder("efficiency", PATCH, PatchLimits((8, 8, 8), (8, 8, 8)))
-    jobs = [(patch, BATCH) for patch in ladder] + [(PATCH, 2)]
-    jobs = [jobs[i] for i in args.stages] if args.stages else jobs
-
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for side in SIDES:
-        pipes[side], theirs = context.Pipe()
-        processes.append(context.Process(target=worker, args=(side, args.network, theirs), daemon=True))
-        processes[-1].start()
-    print(f"{'patch':>12} {'batch':>5} {'pgps_jax':>10} {'PyTorch':>10} {'ratio':>6} {'best':>6} {'compile':>8}")
+    plan = PLANS[options.plan]
+    jobs = [(patch, plan.batch) for patch in plan.ladder()] + [(plan.patch, 2)]
+    jobs = [jobs[i] for i in options.stages] if options.stages else jobs
+    pipes = start_sides(SIDES, (plan, options.network, options.device))
+    print(f"{'patch':>12} {'batch':>5} {'pgps_jax':>11} {'PyTorch':>11} {'ratio':>6} {'best':>6} {'compile':>8}")
     rows = []
     for patch, batch in jobs:
-        row = measure(pipes, patch, batch, args.turns, args.seconds)
-        rows.append(row)
-        print(
-            f"{'x'.join(map(str, patch)):>12} {batch:>5} {row['jax_ms']:>7.1f} ms {row['torch_ms']:>7.1f} ms "
-            f"{row['ratio']:>6.2f} {row['best_ratio']:>6.2f} {row['compile_s']:>6.1f} s",
-            flush=True,
-        )
+        rows.append(compare(pipes, patch, batch, options))
+        print(line(rows[-1], plan.flops(patch, batch), options.peak_tflops), flush=True)
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            chosen = {"what": __doc__.splitlines()[0], "network": options.network, "plan": options.plan}
+            result = chosen | about(options.device) | {"rows": rows}
+            options.output.write_text(json.dumps(result, indent=1) + "\n")
     for pipe in pipes.values():
         pipe.send(None)
-    if args.json:
-        packages = {name: metadata.version(name) for name in ("jax", "flax", "torch", "nnunetv2")}
-        about = {"device": platform.processor() or platform.machine(), "cores": multiprocessing.cpu_count()}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"network": args.network, **about, "versions": packages, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
