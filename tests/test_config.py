@@ -5,10 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+import tyro
 
+from pgps_jax.commands import Command
 from pgps_jax.config import FREE_TO_CHANGE, NetworkConfig, RunConfig, check_same, from_json, to_json
 from pgps_jax.curriculum import CurriculumConfig
+from pgps_jax.data.sampling import SamplingConfig
 from pgps_jax.errors import InputError
+from pgps_jax.train.augment import AugmentConfig
 
 
 @pytest.fixture
@@ -59,3 +63,19 @@ def test_going_on_with_another_config_is_refused_naming_the_keys(config, change)
 
 def test_the_fields_that_may_change_exist():
     assert {f.name for f in dataclasses.fields(RunConfig)} >= FREE_TO_CHANGE
+
+
+def parsed(*arguments):
+    return tyro.cli(Command, args=["train", "raw", *arguments], config=(tyro.conf.OmitSubcommandPrefixes,))
+
+
+def test_every_option_of_sampling_augmentation_and_reading_is_on_the_command_line():
+    sampling = parsed("--sampling.scheme", "per-case", "--sampling.foreground-fraction", "0.33", "--sampling.jitter", "0.2",
+                      "--sampling.class-weights", "1", "2", "--sampling.case-weights", "a", "1", "b", "2.5").sampling
+    assert sampling == SamplingConfig("per-case", 0.33, 0.2, (1.0, 2.0), (("a", 1.0), ("b", 2.5)))
+    augment = parsed("--augment.preset", "light", "--augment.per-stage", "--augment.mirror", "label-swap",
+                     "--augment.label-pairs", "1", "2", "3", "4", "--augment.left-right-axis", "2").augment
+    assert augment == AugmentConfig("light", "label-swap", ((1, 2), (3, 4)), 2, True)
+    reading = parsed("--threads", "4", "--loader-processes", "3", "--cache-gb", "2", "--accumulate", "auto", "--dataset-share", "0.05")
+    assert (reading.threads, reading.loader_processes, reading.cache_gb, reading.accumulate) == (4, 3, 2.0, "auto")
+    assert reading.curriculum.dataset_share == 0.05 and parsed("--accumulate", "3").accumulate == 3

@@ -200,8 +200,8 @@ def test_waiting_is_measured_and_long_waits_are_told_with_step_and_cases(store):
 # Failures
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_an_unreadable_case_is_reported_with_case_step_and_cause(store, tmp_path, threads):
+@pytest.mark.parametrize(("threads", "processes"), [(1, 0), (3, 0), (2, 1)])
+def test_an_unreadable_case_is_reported_with_case_step_and_cause(store, tmp_path, threads, processes):
     for path in store.folder.rglob("*.*"):
         target = tmp_path / path.relative_to(store.folder)
         target.parent.mkdir(exist_ok=True)
@@ -209,10 +209,11 @@ def test_an_unreadable_case_is_reported_with_case_step_and_cause(store, tmp_path
     (tmp_path / "c.b2nd").write_bytes(b"no volume")
     source = make_source(CaseStore(tmp_path))
     first = next(step for step in range(NUM_STEPS) if "c" in source.cases_of_step(step))
-    with PatchStream(source, threads=threads) as batches:
+    with PatchStream(source, threads=threads, processes=processes) as batches:
         with pytest.raises(InputError, match=rf"[Ss]tep {first}\b.*case c\b.*c\.b2nd is missing or damaged") as report:
             list(batches)
-        assert batches.step == first and report.value.__cause__ is not None
+        assert batches.step == first
+        assert processes or report.value.__cause__ is not None  # of an error that crosses processes only the text remains
 
 
 @pytest.mark.parametrize(
