@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pgps_jax.data.dataset import Case, Dataset, Labels, Progress, map_cases, read_case
+from pgps_jax.data.plan_values import intensities, sequence, three
 from pgps_jax.data.resample import crop_to_nonzero
 from pgps_jax.errors import InputError
 
@@ -40,16 +41,20 @@ class Fingerprint:
 
     @staticmethod
     def from_json(content: dict) -> "Fingerprint":
-        """Read nnU-Net's dataset_fingerprint.json; InputError naming a missing key."""
+        """Read nnU-Net's dataset_fingerprint.json; InputError naming what is missing or of another form."""
         try:
-            return Fingerprint(
-                tuple(tuple(float(s) for s in spacing) for spacing in content["spacings"]),
-                tuple(tuple(int(n) for n in shape) for shape in content["shapes_after_crop"]),
-                content["foreground_intensity_properties_per_channel"],
+            spacings, shapes = content["spacings"], content["shapes_after_crop"]
+            found = Fingerprint(
+                tuple(three(spacing, 1.0, float) for spacing in sequence(spacings)),
+                tuple(three(shape, 1, int) for shape in sequence(shapes)),
+                intensities(content["foreground_intensity_properties_per_channel"]),
                 float(content["median_relative_size_after_cropping"]),
             )
         except KeyError as key:
             raise InputError(f"dataset_fingerprint.json: the key {key} is missing; plan again without it") from None
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise InputError(f"dataset_fingerprint.json: a value has another form ({error}); plan again without it") from None
+        return found
 
 
 class Intensities(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 
 from pgps_jax.architecture import Architecture, Size
 from pgps_jax.data.plan_network import LEGACY_NETWORK, architecture_from_json, architecture_to_json
-from pgps_jax.data.plan_values import LONGEST_EDGE, MOST_BATCH, SHORTEST_SPACING, each, sequence, text, three, within
+from pgps_jax.data.plan_values import LONGEST_EDGE, MOST_BATCH, SHORTEST_SPACING, each, intensities, sequence, text, three, within
 from pgps_jax.errors import InputError, brief
 from pgps_jax.json_file import read_json, write_json
 
@@ -96,7 +96,7 @@ class Plan:
                 plans_name=text(content["plans_name"]),
                 transpose_forward=forward,
                 transpose_backward=tuple(int(axis) for axis in np.argsort(forward)),
-                intensity_properties=_intensities(content.get("foreground_intensity_properties_per_channel")
+                intensity_properties=intensities(content.get("foreground_intensity_properties_per_channel")
                                                   or content.get("foreground_intensity_properties_by_modality") or {}),
                 configurations={name: _inherited(name, entries, median[0]) for name in entries},
                 original_median_spacing=median,
@@ -232,15 +232,6 @@ def _folder_name(text: object) -> str:
     if not isinstance(text, str) or text in ("", ".", "..") or any(sign in text for sign in "/\\:\0"):
         raise ValueError(f"data_identifier {text!r} is no plain folder name")
     return text
-
-
-def _intensities(value: dict) -> dict[str, dict[str, float]]:
-    """Statistics of each channel, as read."""
-    for channel, statistics in value.items():
-        for name, number in statistics.items():
-            if not isinstance(number, int | float):
-                raise TypeError(f"intensities of channel {brief(channel)}: {name} is {brief(number)}, no number")
-    return value
 
 
 def _list(values: tuple | None) -> list | None:

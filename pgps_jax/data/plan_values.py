@@ -46,3 +46,12 @@ def within(name: str, number: Number, least: Number, most: Number) -> Number:
 def each(name: str, numbers: tuple, least: Number, most: Number) -> tuple:
     """The numbers, if each is between two others."""
     return tuple(within(name, number, least, most) for number in numbers)
+
+
+def intensities(value: dict) -> dict[str, dict[str, float]]:
+    """Statistics of each channel, as read."""
+    for channel, statistics in value.items():
+        for name, number in statistics.items():
+            if not isinstance(number, int | float):
+                raise TypeError(f"intensities of channel {brief(channel)}: {name} is {brief(number)}, no number")
+    return value

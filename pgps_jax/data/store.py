@@ -241,7 +241,7 @@ def _read_ours(path: Path) -> tuple[dict, dict[Label, np.ndarray]]:
         table = np.load(file, mmap_mode=_MMAP) if total else np.zeros((0, 3), np.int32)  # nothing cannot be mapped
         if table.shape != (total, 3) or table.dtype != np.int32:
             raise ValueError(f"{table.dtype} locations of shape {table.shape} instead of int32 of {(total, 3)}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, EOFError, MemoryError, RecursionError) as error:
+    except Exception as error:  # NumPy raises many types for damaged headers
         raise InputError(f"{path} or {file.name} is damaged ({error}); delete it and preprocess again.") from error
     ends = np.cumsum(list(counts.values()), dtype=int)
     return properties, {

@@ -16,9 +16,10 @@ from scipy import ndimage
 from pgps_jax.data.dataset import default_workers
 from pgps_jax.data.labels import Label, Labels
 from pgps_jax.data.nifti import read_volume, write_volume
-from pgps_jax.errors import InputError
+from pgps_jax.errors import InputError, brief
 from pgps_jax.evaluate.metrics import Metrics, overlap_metrics
 from pgps_jax.evaluate.summary import ENDINGS, match_files, mean_over, read_label_pair
+from pgps_jax.json_file import read_json
 
 Progress = Callable[[int, int], None]
 
@@ -148,11 +149,11 @@ def read_postprocessing(path: Path) -> Postprocessing:
     Raises:
         InputError: the file is missing or no such JSON.
     """
-    try:
-        steps = json.loads(Path(path).read_text())["keep_largest_component_of"]
-        return Postprocessing(tuple(step if isinstance(step, int) else tuple(map(int, step)) for step in steps))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} does not hold a postprocessing decision ({error!r}).") from error
+    steps = read_json(path).get("keep_largest_component_of")
+    regions = [step if isinstance(step, list) else [step] for step in steps] if isinstance(steps, list) else [[None]]
+    if not all(type(label) is int for region in regions for label in region):
+        raise InputError(f'{path}: "keep_largest_component_of" must list labels and lists of labels; found {brief(steps)}')
+    return Postprocessing(tuple(tuple(step) if isinstance(step, list) else step for step in steps))
 
 
 def apply_postprocessing(
