@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 EDGES = (0, 1, 2, 7, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
@@ -82,17 +83,17 @@ def damaged_json(content: bytes, rng: random.Random) -> bytes:
 
 
 def _changed(value: Any, rng: random.Random) -> Any:
-    places = list(_places(value))
-    if not places or rng.random() < 0.01:
+    spots = list(places(value))
+    if not spots or rng.random() < 0.01:
         return rng.choice(ODD_VALUES)
-    holder, key = rng.choice(places)
+    holder, key = rng.choice(spots)
     change = rng.randrange(8)
     if change < 4:
         holder[key] = copy.deepcopy(rng.choice(ODD_VALUES))
     elif change == 4:
         del holder[key]
     elif change == 5:
-        other, there = rng.choice(places)
+        other, there = rng.choice(spots)
         holder[key] = copy.deepcopy(other[there])
     elif change == 6 and isinstance(holder, dict):
         holder[rng.choice(("", "0", "x", "background", "\ud800", "a" * 300, "../x", key + "_"))] = holder.pop(key)
@@ -102,8 +103,8 @@ def _changed(value: Any, rng: random.Random) -> Any:
     return value
 
 
-def _places(value: Any):
-    """(container, key) of every value within; two of the same value are two places."""
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of every value within."""
     level = [value]
     while level:
         holder = level.pop()
