@@ -65,7 +65,7 @@ def ours(folder: Path, stage, backbone: str, device: str):
 def theirs(folder: Path, stage, backbone: str, device: str):
     """The same with nnU-Net's loader and augmentation, and PyTorch."""
     plan, cases = step.PLANS["hippocampus"], loader.PLANS["hippocampus"]
-    train_on = step.torch_trainer(plan, backbone, device)
+    train_on = step.torch_trainer(plan.architecture(backbone), plan.classes, device)
     batches = loader.nnunet_workers(
         loader.nnunet_loader(folder, stage, cases._replace(batch=stage.batch_size)), os.cpu_count() or 1)
 

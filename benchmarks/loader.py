@@ -123,8 +123,8 @@ def ours(folder: Path, stage, plan: BenchPlan, options) -> Measured:
         return Measured(alone, rate(batches, options.seconds), memory() - before)
 
 
-def nnunet_loader(folder: Path, stage, plan: BenchPlan):
-    """nnU-Net's loader and augmentation for the same patch and batch."""
+def nnunet_loader(folder: Path, stage, plan: BenchPlan, ids: list[str] | None = None):
+    """nnU-Net's loader and augmentation for the same patch and batch, from all cases or those named."""
     from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
     from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -142,7 +142,7 @@ def nnunet_loader(folder: Path, stage, plan: BenchPlan):
     )
     labels = LabelManager({"background": 0, "one": 1, "two": 2}, None)
     return nnUNetDataLoader(
-        nnUNetDatasetBlosc2(str(folder)), stage.batch_size, crop, stage.patch_size, labels, oversample_foreground_percent=0.33,
+        nnUNetDatasetBlosc2(str(folder), ids), stage.batch_size, crop, stage.patch_size, labels, oversample_foreground_percent=0.33,
         transforms=transforms,
     )
 

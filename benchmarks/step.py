@@ -49,12 +49,6 @@ class StepPlan(NamedTuple):
         strides = ((1, 1, 1),) + ((2, 2, 2),) * (n - 1)
         return Architecture(backbone, self.features, ((3, 3, 3),) * n, strides, blocks, (2 if plain else 1,) * (n - 1))
 
-    def head_weights(self) -> list[float]:
-        """Of deep supervision: halved from level to level, nothing for the lowest."""
-        n = len(self.features) - 1
-        weights = [1 / 2**i for i in range(n - 1)] + [0.0]
-        return [w / sum(weights) for w in weights]
-
     def flops(self, patch, batch: int) -> float:
         """Multiplications and additions of a plain U-Net's convolutions, forward and backward (three times the forward)."""
         total, before = 0.0, 1
@@ -122,22 +116,22 @@ def jax_side(plan: StepPlan, backbone: str, device: str):
     return prepare
 
 
-def torch_trainer(plan: StepPlan, backbone: str, device: str):
-    """nnU-Net's network and one step of its training: (image (b, 1, d, h, w), label (b, d, h, w)) -> loss."""
+def torch_trainer(a, classes: int, device: str, channels: int = 1):
+    """nnU-Net's network of an architecture and one step of its training: (image (b, c, d, h, w), label (b, d, h, w)) -> loss."""
     import torch
     from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
     from torch.nn import functional as F
 
-    a = plan.architecture(backbone)
+    n_stages = len(a.features_per_stage)
     shared = dict(
-        conv_op=torch.nn.Conv3d, kernel_sizes=a.kernel_sizes, strides=a.strides, num_classes=plan.classes,
+        conv_op=torch.nn.Conv3d, kernel_sizes=a.kernel_sizes, strides=a.strides, num_classes=classes,
         n_conv_per_stage_decoder=a.convs_per_stage_decoder, conv_bias=True, norm_op=torch.nn.InstanceNorm3d,
         norm_op_kwargs=dict(eps=1e-5, affine=True), nonlin=torch.nn.LeakyReLU, nonlin_kwargs=dict(inplace=True), deep_supervision=True,
     )
-    if backbone == "plain-unet":
-        net = PlainConvUNet(1, len(a.features_per_stage), a.features_per_stage, n_conv_per_stage=a.blocks_per_stage, **shared)
+    if a.backbone == "plain-unet":
+        net = PlainConvUNet(channels, n_stages, a.features_per_stage, n_conv_per_stage=a.blocks_per_stage, **shared)
     else:
-        net = ResidualEncoderUNet(1, len(a.features_per_stage), a.features_per_stage, n_blocks_per_stage=a.blocks_per_stage, **shared)
+        net = ResidualEncoderUNet(channels, n_stages, a.features_per_stage, n_blocks_per_stage=a.blocks_per_stage, **shared)
     torch.nn.functional._verify_spatial_size = lambda size: None  # torch refuses to train with a bottleneck of one voxel
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
     on_gpu = device == "gpu"
@@ -145,10 +139,11 @@ def torch_trainer(plan: StepPlan, backbone: str, device: str):
         torch.backends.cudnn.benchmark = True
         net = torch.compile(net.cuda())
     scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
+    weights = [1 / 2**i for i in range(n_stages - 2)] + [0.0]  # of deep supervision; the lowest head has none
 
     def loss_of(logits, label):
         logits = logits.float()
-        one_hot = F.one_hot(label, plan.classes).movedim(-1, 1)[:, 1:].float()
+        one_hot = F.one_hot(label, classes).movedim(-1, 1)[:, 1:].float()
         p = logits.softmax(1)[:, 1:]
         overlap = (p * one_hot).sum((2, 3, 4))
         dice = (2 * overlap + 1e-5) / (one_hot.sum((2, 3, 4)) + p.sum((2, 3, 4)) + 1e-5).clip(1e-8)
@@ -159,10 +154,10 @@ def torch_trainer(plan: StepPlan, backbone: str, device: str):
         with torch.autocast("cuda", enabled=on_gpu):
             heads = net(image)
             loss = 0.0
-            for weight, logits in zip(plan.head_weights(), heads, strict=True):
+            for weight, logits in zip(weights, heads, strict=True):
                 if weight:
                     target = F.interpolate(label[:, None].float(), logits.shape[2:], mode="nearest-exact")[:, 0].long()
-                    loss = loss + weight * loss_of(logits, target)
+                    loss = loss + weight / sum(weights) * loss_of(logits, target)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(net.parameters(), 12)
@@ -170,7 +165,7 @@ def torch_trainer(plan: StepPlan, backbone: str, device: str):
         scaler.update()
         return loss.item()
 
-    train_on.network = net
+    train_on.network, train_on.optimizer = net, optimizer
     return train_on
 
 
@@ -178,7 +173,7 @@ def torch_side(plan: StepPlan, backbone: str, device: str):
     """The same with PyTorch."""
     import torch
 
-    train_on = torch_trainer(plan, backbone, device)
+    train_on = torch_trainer(plan.architecture(backbone), plan.classes, device)
     where = "cuda" if device == "gpu" else "cpu"
 
     def prepare(patch, batch):
