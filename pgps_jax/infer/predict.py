@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Integer, PyTree
 
-from pgps_jax.data.dataset import GEOMETRY_TOLERANCE, Case, Labels, RawCase, read_case
+from pgps_jax.data.dataset import GEOMETRY_TOLERANCE, Case, Labels, RawCase, check_case_id, read_case
 from pgps_jax.data.label_pairs import swapped_outputs
 from pgps_jax.data.nifti import Volume, axis_codes, geometry_difference, read_header, reorient, write_volume
 from pgps_jax.data.plan import Configuration, Plan
@@ -247,6 +247,7 @@ def find_cases(images: Path, channel_names: Sequence[str], file_ending: str) -> 
     for path in sorted(images.iterdir()):
         match = re.fullmatch(r"(.+)_(\d{4})" + re.escape(file_ending), path.name)
         if match and not path.name.startswith("."):
+            check_case_id(match[1], images)
             channels.setdefault(match[1], {})[int(match[2])] = path
     if not channels:
         raise InputError(f"{images}: no images named CASE_0000{file_ending}; name each channel of a case that way")

@@ -29,7 +29,7 @@ def read_records(path: Path) -> list[dict]:
     for line in path.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -86,7 +86,8 @@ class RunLog:
         self._begin(read_records(self._path), first_step)
 
     def _begin(self, records: list[dict], first_step: int) -> None:
-        self.records = [r for r in records if r.get("step", 0) < first_step]
+        known = [r for r in records if isinstance(r.get("kind"), str) and isinstance(r.get("step"), int)]  # others were damaged
+        self.records = [r for r in known if r["step"] < first_step]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         os.replace(temporary, self._path)

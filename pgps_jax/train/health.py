@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from pgps_jax.data.pipeline import PatchBatch
-from pgps_jax.errors import InputError
+from pgps_jax.errors import InputError, brief
+from pgps_jax.json_file import read_json
 
 MOST_SKIPPED = 3  # batches that a run may skip; more means that it is not the data
 BACKGROUND_EPOCHS = 10  # without a single foreground voxel right, before that is worth a word
@@ -29,7 +30,10 @@ class SkippedSteps:
 
     def __init__(self, run_folder: Path):
         self._path = run_folder / "skipped.json"
-        self.steps: set[int] = set(json.loads(self._path.read_text())) if self._path.exists() else set()
+        steps = read_json(self._path, list) if self._path.exists() else []
+        if not all(type(step) is int for step in steps):
+            raise InputError(f"{self._path}: want a list of steps, found {brief(steps)}; delete it to skip none")
+        self.steps: set[int] = set(steps)
 
     def __contains__(self, step: int) -> bool:
         return step in self.steps

@@ -82,3 +82,11 @@ def test_events_are_kept_when_the_run_goes_back(tmp_path):
     log.close()
     assert [e["kind"] for e in RunLog(tmp_path).events] == ["start"]
     assert read_records(tmp_path / "metrics.jsonl") == []
+
+
+def test_lines_that_were_damaged_are_left_out_when_a_run_goes_on(tmp_path):
+    good = {"kind": "step", "step": 0, "loss": 1.0}
+    odd = [json.dumps(value) for value in ({"kind": "step", "step": "0"}, {"step": 1}, {"kind": 7, "step": 0}, {"kind": "step"}, [good])]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*odd, "[" * 10**5, '{"kind": "st', json.dumps(good)]) + "\n")
+    log = RunLog(tmp_path, first_step=5)
+    assert log.records == [good] and log.of_kind("step") == [good]
