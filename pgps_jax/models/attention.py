@@ -1,6 +1,7 @@
 """What transformers are built of: windows of tokens, attention, layer norm and the two-layer perceptron.
 
-Parameters are float32; `dtype` is what matrix products compute in. Softmax and norms are float32 whatever the dtype.
+Parameters are float32; `dtype` is what matrix products compute in. Softmax and norms are float32 where
+the dtype is of half precision.
 Parameter names are MONAI's, with `kernel` and `scale` for PyTorch's `weight`.
 """
 
@@ -36,6 +37,11 @@ def from_windows(x: Shaped[Array, "b windows tokens c"], window: Size, shape: Si
     return x.reshape(b, d, h, w, c)
 
 
+def at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Half precision widened to float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def attend(
     qkv: Float[Array, "*batch n threec"], num_heads: int, bias: Float[Array, "..."] | None = None
 ) -> Float[Array, "*batch n c"]:
@@ -46,7 +52,7 @@ def attend(
     *batch, n, width = qkv.shape
     head = width // (3 * num_heads)
     q, k, v = jnp.moveaxis(qkv.reshape(*batch, n, 3, num_heads, head), -3, 0)
-    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(head)
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32)) / math.sqrt(head)
     weights = jax.nn.softmax(logits if bias is None else logits + bias).astype(v.dtype)
     return jnp.einsum("...hqk,...khd->...qhd", weights, v).reshape(*batch, n, num_heads * head)
 
@@ -57,10 +63,10 @@ def layer_norm(
     shift: Float[Array, " c"] | None = None,
     eps: float = 1e-5,
 ) -> Float[Array, "*batch c"]:
-    """Normalise over the last axis (biased variance), in float32; then scale and shift if given."""
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(axis=-1, keepdims=True)
-    y = (x32 - mean) * jax.lax.rsqrt(jnp.square(x32 - mean).mean(axis=-1, keepdims=True) + eps)
+    """Normalise over the last axis (biased variance), in at least float32; then scale and shift if given."""
+    wide = at_least_float32(x)
+    mean = wide.mean(axis=-1, keepdims=True)
+    y = (wide - mean) * jax.lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + eps)
     if scale is not None:
         y = y * scale
     if shift is not None:
@@ -109,13 +115,13 @@ class Perceptron(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         hidden = self.linear1(x)
-        return self.linear2(jax.nn.gelu(hidden.astype(jnp.float32), approximate=False).astype(hidden.dtype))
+        return self.linear2(jax.nn.gelu(at_least_float32(hidden), approximate=False).astype(hidden.dtype))
 
 
 class PatchEmbedding(nnx.Module):
     """Convolution whose kernel equals its stride: one token per block of `size` voxels; kernel (size, in, out).
 
-    Always float32: it costs little, and images have more than bfloat16's 8 bits.
+    At least float32: it costs little, and images have more than bfloat16's 8 bits.
     """
 
     def __init__(self, in_channels: int, features: int, size: Size, *, rngs: nnx.Rngs):
@@ -126,7 +132,7 @@ class PatchEmbedding(nnx.Module):
 
     def __call__(self, x: Float[Array, "b d h w ci"]) -> Float[Array, "b do ho wo co"]:
         b, *shape, _ = x.shape
-        blocks = to_windows(x.astype(jnp.float32), self.size)
+        blocks = to_windows(at_least_float32(x), self.size)
         kernel = self.kernel[...].reshape(-1, self.bias.shape[0])
         y = blocks.reshape(*blocks.shape[:2], -1) @ kernel + self.bias[...]
         return y.reshape(b, *(n // s for n, s in zip(shape, self.size, strict=True)), -1)

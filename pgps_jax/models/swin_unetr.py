@@ -223,7 +223,7 @@ class WindowAttention(nnx.Module):
         table = self.relative_position_bias_table[...].reshape(*(2 * size - 1 for size in self.window), -1)
         for axis, size in enumerate(self.window):
             difference = np.subtract.outer(np.arange(size), np.arange(size)) + size - 1
-            spread = (difference.reshape(-1, 1) == np.arange(2 * size - 1)).astype(np.float32)
+            spread = (difference.reshape(-1, 1) == np.arange(2 * size - 1)).astype(table.dtype)
             table = jnp.moveaxis(jnp.tensordot(spread, table, axes=(1, axis), precision="highest"), 0, axis)
         return to_windows(table[None], self.window)[0]
 

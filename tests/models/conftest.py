@@ -183,6 +183,7 @@ class MonaiNetwork(NamedTuple):
         (_, logits), (g_params, g_image) = run(self.params, self.image)
         ours = {"grad_param:" + k: v for k, v in monai_names.state_dict_from_params(nnx.to_pure_dict(g_params)).items()}
         ours["grad_input"] = np.moveaxis(np.asarray(g_image), -1, 1)
+        ours["grad_input_stride2"] = ours["grad_input"][:, :, ::2, ::2, ::2]
         ours["output_0"] = np.moveaxis(np.asarray(logits), -1, 1)
         ours["output_0_stride2"] = ours["output_0"][:, :, ::2, ::2, ::2]
         return {k: deviation(ours[k], v) for k, v in self.peer.items() if k.startswith(("output", "grad"))}
@@ -198,18 +199,24 @@ class MonaiNetwork(NamedTuple):
 
 @pytest.fixture(scope="session")
 def monai_network(golden):
-    """monai_network("monai_unetr", **options to change) -> MonaiNetwork; weights follow the recipe in the sidecar."""
+    """monai_network("monai_unetr", **options to change) -> MonaiNetwork; weights follow the recipe in the sidecar.
 
-    def read(name: str, dtype=jnp.float32, **changes) -> MonaiNetwork:
+    `expected` names the file with what the peer computed, if another. With dtype float64 (inside jax.enable_x64) all is float64.
+    """
+
+    def read(name: str, dtype=jnp.float32, expected: str | None = None, **changes) -> MonaiNetwork:
         arrays, about = golden(f"nets/{name}")
         recipe = about["weight_recipe"]
         weights = {k: hashed(recipe["name_prefix"] + k, **v) for k, v in recipe["parameters"].items()}
         for key, total in recipe["parameter_sums_float64"].items():
             assert abs(weights[key].sum(dtype=np.float64) - total) < 1e-6
         graphdef, params = nnx.split(nnx.eval_shape(lambda: build_monai(about, dtype, **changes)))
-        nnx.replace_by_pure_dict(params, jax.tree.map(jnp.asarray, monai_names.params_from_state_dict(weights)))
+        wide = np.promote_types(dtype, np.float32)
+        loaded = jax.tree.map(lambda array: jnp.asarray(array, wide), monai_names.params_from_state_dict(weights))
+        nnx.replace_by_pure_dict(params, loaded)
         cotangent = hashed(f"{name}.fixed_0", about["output_checksums"][0]["shape"], 0.0, 1.0)
-        return MonaiNetwork(graphdef, params, channels_last(arrays["input"]), channels_last(cotangent), arrays, about)
+        image, cotangent = (channels_last(array).astype(wide) for array in (arrays["input"], cotangent))
+        return MonaiNetwork(graphdef, params, image, cotangent, golden(f"nets/{expected}")[0] if expected else arrays, about)
 
     return read
 
