@@ -87,8 +87,8 @@ def measure_stage(run: Experiment, stage: Stage, seconds: float, say: Callable[[
     return StageBench(stage, cold if forgotten else None, rate, step, both, wait, busy, disk_reads)
 
 
-def _input_alone(run: Experiment, device: Device, seconds: float, say: Callable[[str], None]) -> tuple[float, float, float | None, int]:
-    """Batches per second from the very first on, and once read before; share of the cores' time used, and disk reads, of the latter."""
+def _input_alone(run: Experiment, device: Device, seconds: float, say: Callable[[str], None]) -> tuple[float, float, float | None, float]:
+    """Batches per second from the very first on, and once read before; of the latter, share of the cores' time and disk reads per batch."""
     began = time.perf_counter()
     with open_stream(run, device, 0, say) as batches:
         first = _rate(batches, seconds, began)
@@ -98,7 +98,8 @@ def _input_alone(run: Experiment, device: Device, seconds: float, say: Callable[
         rate = _rate(batches, seconds, began)
         lasted, used = time.perf_counter() - began, time.process_time() - used
         reading = min(run.config.threads, _cores())
-        return first, rate, None if run.config.loader_processes else used / lasted / reading, _disk_reads() - faults
+        busy = None if run.config.loader_processes else used / lasted / reading
+        return first, rate, busy, (_disk_reads() - faults) / (rate * lasted)
 
 
 def _rate(batches: PatchStream, seconds: float, began: float) -> float:

@@ -1,5 +1,6 @@
 """The whole way on a tiny dataset: from NIfTI to measured Dice, stopped and resumed, and refused when the input is bad."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -13,14 +14,18 @@ import nibabel
 import numpy as np
 import pytest
 
+from pgps_jax.config import RunConfig
+from pgps_jax.data.labels import Labels
 from pgps_jax.data.pipeline import PatchSource
 from pgps_jax.data.synthetic import write_phantom_dataset
 from pgps_jax.main import EXIT_BAD_INPUT, EXIT_STOPPED, main
 from pgps_jax.report.run_log import read_records
 from pgps_jax.train import loop, sizing
+from pgps_jax.train.augment import AugmentConfig
 from pgps_jax.train.checkpoint import load_params
 from pgps_jax.train.programs import StagePrograms
 from pgps_jax.train.stopping import StopRequest
+from pgps_jax.workspace import note_on_sides, open_experiment, write_run_folder
 
 STEPS = 12
 
@@ -303,6 +308,19 @@ def test_a_batch_that_fills_the_memory_may_be_limited_to_a_share_of_the_dataset(
     plan = json.loads((run_folder(workspace, "limited") / "plan.json").read_text())["configurations"]["3d_fullres"]
     voxels = 6 * np.prod(plan["median_image_size_in_voxels"])
     assert stage["batch_size"] == max(2, round(0.7 * voxels / np.prod(plan["patch_size"])))
+
+
+def test_a_run_that_swaps_labels_keeps_axis_and_pairs_for_prediction_and_one_that_should_is_told(tiny):
+    raw, workspace = tiny
+    mirror = AugmentConfig(mirror="label-swap", label_pairs=((1, 2),))
+    run = open_experiment(RunConfig(raw, workspace, name="sides", augment=mirror))
+    write_run_folder(run, {})
+    stored = json.loads((run_folder(workspace, "sides") / "inference.json").read_text())
+    assert (stored["mirror_axes"], stored["swap_axis"], stored["swap_pairs"]) == ([0, 1, 2], run.plan.transpose_forward.index(2), [[1, 2]])
+    sided = dataclasses.replace(run, labels=Labels(("background", "kidney left", "kidney right"), (0, 1, 2)))
+    assert note_on_sides(sided) is None
+    plainly = dataclasses.replace(sided, config=dataclasses.replace(run.config, augment=AugmentConfig()))
+    assert "kidney left and kidney right look like left and right" in note_on_sides(plainly)
 
 
 def test_bench_measures_without_writing_into_the_workspace(tiny, tmp_path, capsys):

@@ -23,7 +23,7 @@ class StageBench(NamedTuple):
     both: float  # as in training
     input_wait: float  # share of the time of `both` that was spent waiting for input
     busy: float | None  # share of the cores' time that input alone used; None where worker processes did it
-    disk_reads: int  # page faults of `input` that the disk had to answer
+    disk_reads: float  # page faults of `input` that the disk had to answer, per batch
 
     def record(self) -> dict[str, Any]:
         """JSON-able record."""
@@ -55,7 +55,7 @@ def limit_of(row: StageBench, host: Host) -> Limit:
         return "disk-bound"
     if row.input_wait <= WORTH_CHANGING:
         return "compute-bound"
-    if row.disk_reads and row.busy is not None and row.busy < MOSTLY_WAITING:
+    if row.disk_reads >= 1 and row.busy is not None and row.busy < MOSTLY_WAITING:
         return "disk-bound"
     return "input-bound"
 

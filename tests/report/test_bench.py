@@ -16,7 +16,7 @@ HUGE = SMALL._replace(stored_bytes=10**12, case_bytes=3 * 10**12)
 
 
 def row(stage=0, **rates):
-    usual = dict(cold=50.0, input=100.0, step=20.0, both=19.0, input_wait=0.01, busy=0.9, disk_reads=0)
+    usual = dict(cold=50.0, input=100.0, step=20.0, both=19.0, input_wait=0.01, busy=0.9, disk_reads=0.0)
     return StageBench(STAGES[stage], **usual | rates)
 
 
@@ -26,9 +26,9 @@ def row(stage=0, **rates):
     (HUGE, {"cold": 5.0}, "disk-bound"),  # again and again
     (HUGE, {"cold": None}, "compute-bound"),
     (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5}, "input-bound"),
-    (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5, "busy": 0.1, "disk_reads": 400}, "disk-bound"),
-    (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5, "busy": 0.1}, "input-bound"),  # threads wait, but for no disk
-    (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5, "busy": None, "disk_reads": 400}, "input-bound"),
+    (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5, "busy": 0.1, "disk_reads": 40.0}, "disk-bound"),
+    (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5, "busy": 0.1, "disk_reads": 0.1}, "input-bound"),  # threads wait, but hardly for the disk
+    (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5, "busy": None, "disk_reads": 40.0}, "input-bound"),
 ])  # fmt: skip
 def test_the_limit_follows_from_the_rates(host, rates, limit):
     assert limit_of(row(**rates), host) == limit
