@@ -156,6 +156,14 @@ def test_the_schedule_can_be_printed_as_json_without_training(tiny, capsys):
     assert printed["stages"][-1]["patch_size"] == printed["planned"]["patch_size"]
 
 
+def test_the_picture_of_a_schedule_shows_class_balance_once_cases_are_preprocessed(tiny, tmp_path, capsys):
+    raw, workspace = tiny
+    for where, words in ((workspace, "picture.png\n"), (tmp_path / "only_planned", "without class balance")):
+        assert main(["schedule", str(raw), "--workspace", str(where), "--epochs", "20", "--plot", str(tmp_path / "picture.png")]) == 0
+        assert words in capsys.readouterr().out
+        (tmp_path / "picture.png").unlink()
+
+
 @pytest.mark.parametrize("change, words", [
     (["--epochs", "5"], "epochs"),
     (["--mode", "constant"], "mode"),

@@ -27,7 +27,7 @@ def row(stage=0, **rates):
     (HUGE, {"cold": None}, "compute-bound"),
     (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5}, "input-bound"),
     (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5, "busy": 0.1, "disk_reads": 40.0}, "disk-bound"),
-    (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5, "busy": 0.1, "disk_reads": 0.1}, "input-bound"),  # threads wait, but hardly for the disk
+    (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5, "busy": 0.1, "disk_reads": 0.1}, "input-bound"),  # hardly for the disk
     (SMALL, {"input": 10.0, "both": 9.0, "input_wait": 0.5, "busy": None, "disk_reads": 40.0}, "input-bound"),
 ])  # fmt: skip
 def test_the_limit_follows_from_the_rates(host, rates, limit):
