@@ -52,6 +52,7 @@ from pgps_jax.report.run_log import complain, console, say
 from pgps_jax.report.schedule import plot_schedule, schedule_table, stage_rows, voxel_share
 from pgps_jax.train.device import choose_platform, warnings
 from pgps_jax.train.loop import Stopped, train
+from pgps_jax.train.only_process import only_process
 from pgps_jax.train.pretrained import check_pretrained, prepare_start, write_start
 from pgps_jax.train.programs import enable_compilation_cache
 from pgps_jax.train.sizing import sized
@@ -114,6 +115,9 @@ def run_training(config: RunConfig) -> dict:
         if line:
             complain(line)
     check_pretrained(config)
+    if workspace.run_folder(config).is_dir():
+        with only_process(workspace.run_folder(config)):
+            pass  # only asked here, before --fresh deletes it
     experiment = workspace.open_experiment(config, say)
     start = prepare_start(experiment)
     if not (experiment.folder / "config.json").exists():
@@ -126,9 +130,10 @@ def run_training(config: RunConfig) -> dict:
         say(note)
     rows = stage_rows(experiment.schedule, experiment.configuration.patch_size, experiment.configuration.batch_size)
     console.print(schedule_table(rows, f"{config.curriculum.mode}, {experiment.num_steps} steps"))
-    train(experiment)
-    with CaseProgress("validation") as progress:
-        summary = validate(experiment, progress)
+    with only_process(experiment.folder):
+        train(experiment)
+        with CaseProgress("validation") as progress:
+            summary = validate(experiment, progress)
     console.print(dice_table(summary, experiment.labels))
     say(f"run: {experiment.folder}\npicture: {experiment.folder / 'progress.png'}\n"
         f"summary: {experiment.folder / 'validation' / 'summary.json'}")

@@ -20,6 +20,7 @@ from pgps_jax.data.download import TASKS
 from pgps_jax.data.explain import explain
 from pgps_jax.data.fingerprint import Fingerprint, extract_fingerprint
 from pgps_jax.data.folds import cases_of_fold, leaks, read_or_make_folds
+from pgps_jax.data.identity import identity, refuse_changed
 from pgps_jax.data.label_pairs import left_right_axis, name_pairs
 from pgps_jax.data.nifti import axis_codes
 from pgps_jax.data.plan import Configuration, Plan, read_plan, write_plan
@@ -236,6 +237,7 @@ def open_experiment(config: RunConfig, say: Callable[[str], None] = lambda _: No
         shutil.rmtree(folder)
     if (folder / "config.json").exists():
         check_same(config, read_json(folder / "config.json"), folder)
+        refuse_changed_plan(configuration, folder)
         schedule = schedule_from_json(read_json(folder / "schedule.json"))
     else:
         schedule = planned_schedule(config, configuration, len(train_ids))
@@ -245,6 +247,24 @@ def open_experiment(config: RunConfig, say: Callable[[str], None] = lambda _: No
         config, folder, preprocessed, changed, configuration, dataset_json, labels, store, tuple(train_ids), tuple(validation_ids),
         schedule, learning_rates(config, configuration, schedule), augment_policy(config, plan, configuration, labels, store),
     )
+    if (folder / "data.json").exists():
+        refuse_changed(read_json(folder / "data.json"), identity_of(experiment), folder / "data.json")
+    return experiment
+
+
+def identity_of(run: Experiment) -> dict:
+    """What data.json says of the cases of a run."""
+    return identity(run.store, run.train_ids, run.validation_ids, run.dataset_json)
+
+
+def refuse_changed_plan(configuration: Configuration, folder: Path) -> None:
+    """Raise InputError when the dataset was planned otherwise since the run in `folder` was started."""
+    stored = read_plan(folder / "plan.json").configurations.get(configuration.name)
+    names = [f.name for f in dataclasses.fields(Configuration) if f.compare
+             and (stored is None or getattr(stored, f.name) != getattr(configuration, f.name))]
+    if names:
+        raise InputError(f"{folder / 'plan.json'}: the dataset has been planned otherwise since this run was started ({', '.join(names)}); "
+                         "restore the plan, use another --name for a new run, or --fresh to start over")
 
 
 def learning_rates(config: RunConfig, configuration: Configuration, schedule: Schedule) -> np.ndarray:
@@ -276,10 +296,18 @@ def augment_policy(config: RunConfig, plan: Plan, configuration: Configuration, 
 def write_run_folder(experiment: Experiment, environment: dict) -> None:
     """Create RUN with everything that the run depends on; config.json last, as the sign that the folder is complete."""
     folder = experiment.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "environment.json", environment)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "data.json").exists():
+            write_json(folder / "data.json", identity_of(experiment))
+        (folder / "writable").touch()
+        (folder / "writable").unlink()
+    except OSError as error:
+        raise InputError(f"{folder}: this folder cannot be written to ({error.strerror}); choose another --workspace or another "
+                         "--name, or make it writable") from None
     if (folder / "config.json").exists():
         return
+    write_json(folder / "environment.json", environment)
     write_plan(experiment.plan, folder / "plan.json")
     write_json(folder / "dataset.json", experiment.dataset_json)
     write_json(folder / "schedule.json", schedule_to_json(experiment.schedule))

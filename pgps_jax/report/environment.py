@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -11,13 +12,14 @@ from pathlib import Path
 import jax
 
 PACKAGES = ("pgps_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nibabel", "numpy", "scipy", "blosc2")
+OF_THE_MOMENT = {"time", "command"}  # may differ between two sessions of a run without a word
 
 
 def environment() -> dict:
     """JSON-able description of the machine and of the software."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
@@ -28,6 +30,19 @@ def environment() -> dict:
     }
 
 
+def differences(then: dict, now: dict) -> list[str]:
+    """What of an environment is not as it was: "jax 0.10.2 then, 0.11.0 now"."""
+    then, now = ({**e.get("packages", {}), **{k: v for k, v in e.items() if k not in {"packages", *OF_THE_MOMENT}}} for e in (then, now))
+    return [f"{name} {_said(then.get(name))} then, {_said(now.get(name))} now"
+            for name in sorted(set(then) | set(now)) if then.get(name) != now.get(name)]
+
+
+def _said(value: object) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} x {value[0]}" if value and len(set(value)) == 1 else ", ".join(map(str, value)) or "none"
+    return str(value) if value not in (None, "") else "none"
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -36,12 +51,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree that this file lies in, if it is one."""
+    """Commit of the source tree that this file lies in, with "-dirty" if files were changed since; None if it is no checkout."""
     here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None
     try:
-        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None

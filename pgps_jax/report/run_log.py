@@ -11,6 +11,7 @@ be written waits in memory.
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -45,28 +46,30 @@ class Appended:
     def __init__(self, path: Path):
         self._path = path
         self._waiting: list[bytes] = []
+        self._lock = threading.Lock()  # watchdogs speak from threads of their own
         self._complete: int | None = None  # bytes of the file up to its last complete line, once something was written
 
     def add(self, line: str) -> None:
         """Take a line; `write` brings it to the file."""
-        self._waiting.append(line.encode() + b"\n")
+        with self._lock:
+            self._waiting.append(line.encode() + b"\n")
 
     def write(self, sync: bool = False) -> OSError | None:
         """Append what waits, with `sync` down to the disk; returns what prevented it, and keeps the lines then."""
-        if not self._waiting and not sync:
-            return None
-        try:
-            with self._path.open("ab") as file:
-                complete = _end_of_last_line(self._path) if self._complete is None else min(self._complete, file.tell())
-                file.truncate(complete)  # behind it lies what a kill or a failed write left of a line
-                file.write(b"".join(self._waiting))
-                file.flush()
-                if sync:
-                    os.fsync(file.fileno())
-                self._complete = complete + sum(map(len, self._waiting))
-        except OSError as error:
-            return error
-        self._waiting.clear()
+        with self._lock:
+            try:
+                with self._path.open("ab") as file:
+                    complete = _end_of_last_line(self._path) if self._complete is None else min(self._complete, file.tell())
+                    file.truncate(complete)  # behind it lies what a kill or a failed write left of a line
+                    text = b"".join(self._waiting)
+                    file.write(text)
+                    file.flush()
+                    if sync:
+                        os.fsync(file.fileno())
+            except OSError as error:
+                return error
+            self._complete = complete + len(text)
+            self._waiting.clear()
         return None
 
 
@@ -122,6 +125,11 @@ class RunLog:
         self._text.write()
         if text.startswith("warning: "):
             self.event("warning", text=text.removeprefix("warning: "))
+
+    def stalled(self, text: str) -> None:
+        """Say that reading stands still, which is an event too."""
+        self.say(text)
+        self.event("stall", text=text)
 
     def of_kind(self, kind: str) -> list[dict]:
         """Records of one kind, oldest first."""

@@ -185,14 +185,23 @@ def load_params(folder: Path, name: str = "last") -> dict:
         if step is None:
             raise InputError(f"{folder / name}: holds no finished checkpoint; train first, or name another run folder")
         try:
-            found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(), description=ocp.args.JsonRestore()))
-            tree = found["state"]
-            params = _with_integer_keys(tree["params"] if isinstance(tree, dict) else tree.params)
+            whole = _abstract_on_one_device((folder / name / str(step) / "state").absolute())
+            found = manager.restore(step, args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(whole), description=ocp.args.JsonRestore()))
+            params = _with_integer_keys(found["state"]["params"])
             check(found["description"], params, "params")
         except Exception as error:  # orbax raises many types for damaged files
             raise InputError(f"{folder / name / str(step)}: this checkpoint cannot be read ({_reason(error)}); move it out of the "
                              "folder to use the one before") from error
     return params
+
+
+def _abstract_on_one_device(state: Path) -> dict:
+    """Shapes and types in a checkpoint, for this machine: orbax would ask for as many devices as it was trained on."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.metadata(state).item_metadata
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), found.tree)
 
 
 def _with_integer_keys(tree: Any) -> Any:

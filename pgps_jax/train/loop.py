@@ -9,6 +9,10 @@ import numpy as np
 
 from pgps_jax.curriculum import Schedule
 from pgps_jax.errors import InputError
+from pgps_jax.host_memory import peak_bytes
+from pgps_jax.json_file import read_json, write_json
+from pgps_jax.report.environment import differences, environment
+from pgps_jax.report.health_summary import health_lines, health_summary
 from pgps_jax.report.progress import plot_progress, progress_bar
 from pgps_jax.report.run_log import RunLog
 from pgps_jax.train.checkpoint import LAST_WAITS, STOP_WAITS, Checkpoints
@@ -43,10 +47,10 @@ def train(run: Experiment) -> None:
         checkpoints.say = log.say
         for line in said:
             log.say(line)
-        if int(state.step) < run.num_steps:
-            log.event("start", step=int(state.step))
-            log.say(f"{run.folder}: step {int(state.step)} of {run.num_steps} on {device.count} x {device.platform}, "
-                    f"{np.dtype(device.dtype).name}, {len(run.train_ids)} cases to train, {len(run.validation_ids)} to validate")
+        if int(state.step) == run.num_steps:
+            log.close()
+            return
+        begin(run, device, int(state.step), log)
         try:
             with stage_programs(run, device, graphdef, state) as programs:
                 online = OnlineValidation(run, device, graphdef)
@@ -61,7 +65,30 @@ def train(run: Experiment) -> None:
                         state = last_good(run, device, state, checkpoints, log)
         finally:
             draw(run, log)
+            sum_up(run, log)
             log.close()
+
+
+def begin(run: Experiment, device: Device, step: int, log: RunLog) -> None:
+    """Say where the run stands, and what of its environment is not as it was when it was started."""
+    changes = differences(read_json(run.folder / "environment.json"), environment()) if step else []
+    log.event("start", step=step, environment_changes=changes)
+    log.say(f"{run.folder}: step {step} of {run.num_steps} on {device.count} x {device.platform}, {np.dtype(device.dtype).name}, "
+            f"{len(run.train_ids)} cases to train, {len(run.validation_ids)} to validate")
+    if changes:
+        log.say(f"note: not as at the run's start: {'; '.join(changes)}")
+
+
+def sum_up(run: Experiment, log: RunLog) -> None:
+    """Write health.json, and say how the run went when it is at its end."""
+    summary = health_summary(log.records, log.events, peak_bytes())
+    try:
+        write_json(run.folder / "health.json", summary)
+    except OSError as error:
+        log.say(f"warning: health.json cannot be written ({error})")
+    if summary["steps"] + len(summary["skipped_steps"]) == run.num_steps:
+        for line in health_lines(summary):
+            log.say(line)
 
 
 def _run_steps(run: Experiment, device: Device, state: TrainState, programs: StagePrograms, online: OnlineValidation, log: RunLog,
@@ -75,7 +102,7 @@ def _run_steps(run: Experiment, device: Device, state: TrainState, programs: Sta
     meter, starts, skipped = Meter(log, run.schedule), run_starts(run.schedule), SkippedSteps(run.folder)
     if meter.best_step() == first and not checkpoints.has("best", first):
         save(checkpoints, log, state, meter, ("best",))  # a kill came between the saves of last and best
-    with open_stream(run, device, first, log.say) as batches, progress_bar() as bar:
+    with open_stream(run, device, first, log.stalled) as batches, progress_bar() as bar:
         task = bar.add_task("training", total=run.num_steps, completed=first, note="")
         for step in range(first, run.num_steps):
             stage = run.schedule.stage_at(step)
@@ -137,13 +164,12 @@ def enter_stage(run: Experiment, log: RunLog, programs: StagePrograms, step: int
     stage = run.schedule.stage_at(step)
     if not starts:
         programs.prefetch_all(run.schedule.stages)
+    for first in [step, *(first for first in sorted(starts) if first > step)][:1 + STAGES_AHEAD]:
+        programs.prefetch(run.schedule.stage_at(first))
     programs.get(stage)
     timing = programs.timing(stage)
     log.record("stage", step, **timing.record())
     log.say(str(timing))
-    later = [first for first in sorted(starts) if first > step]
-    if later:
-        programs.prefetch(run.schedule.stage_at(later[0]))
     earlier = [first for first in sorted(starts) if first < step]
     if earlier:
         programs.drop(run.schedule.stage_at(earlier[-1]))

@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from pgps_jax.curriculum import Schedule, Stage
+from pgps_jax.host_memory import peak_bytes
 from pgps_jax.report.run_log import RunLog
 from pgps_jax.train.health import NotFinite
 from pgps_jax.train.step import StepMetrics, ValidationCounts
@@ -87,7 +88,7 @@ class Meter:
             validation_loss=_finite(float(np.mean([float(v.loss) for v in validation]))),
             pseudo_dice=dice, pseudo_dice_mean=mean, pseudo_dice_ema=ema,
             seconds=round(sum(r["seconds"] for r in steps) + validation_seconds, 3), validation_seconds=round(validation_seconds, 3),
-            input_wait_seconds=round(sum(r["input_wait"] for r in steps), 3),
+            input_wait_seconds=round(sum(r["input_wait"] for r in steps), 3), host_peak_bytes=peak_bytes(),
         )
 
     def seconds_spent(self) -> float:
