@@ -243,7 +243,7 @@ def open_experiment(config: RunConfig, say: Callable[[str], None] = lambda _: No
         schedule = planned_schedule(config, configuration, len(train_ids))
     labels = Labels.from_json(dataset_json)
     changed = plan.with_configuration(configuration)
-    return Experiment(
+    experiment = Experiment(
         config, folder, preprocessed, changed, configuration, dataset_json, labels, store, tuple(train_ids), tuple(validation_ids),
         schedule, learning_rates(config, configuration, schedule), augment_policy(config, plan, configuration, labels, store),
     )
