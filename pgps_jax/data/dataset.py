@@ -186,8 +186,8 @@ def file_within(folder: Path, text: str, where: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # too long for the file system, links in a circle
         within, found = path.is_relative_to(folder), False
     if not within:
-        raise InputError(f"{where}: the path {brief(text)} leads out of the dataset's folder; link the folder with your images into it "
-                         f"(`ln -s {path.parent} {folder / 'elsewhere'}`) and write elsewhere/{path.name}")
+        raise InputError(f"{where}: the path {brief(text)} leads out of the dataset's folder; if you trust it, link the "
+                         f"folder of the file into the dataset (`ln -s ITS_FOLDER {folder / 'elsewhere'}`) and write elsewhere/{path.name}")
     if not found:
         raise InputError(f"{where}: the file {brief(text)} is missing from {folder}")
     return path

@@ -102,7 +102,7 @@ def _cases(source: Path, content: dict, labelled: bool) -> tuple[Case, ...]:
     for entry in entries:
         if labelled and not (isinstance(entry, dict) and {"image", "label"} <= set(entry)):
             raise InputError(f'{source / "dataset.json"}: a case in "training" is {brief(entry)}; want {{"image": path, "label": path}}')
-        image = located(entry["image"] if isinstance(entry, dict) else entry)
+        image = located(entry.get("image") if isinstance(entry, dict) else entry)
         case_id = image.name.removesuffix(ENDING)
         if case_id.startswith((".", "_")):  # what macOS leaves behind
             continue
