@@ -28,6 +28,8 @@ from pgps_jax.train.state import TrainState, abstract
 from pgps_jax.train.stopping import StopRequest
 from pgps_jax.workspace import Experiment
 
+STAGES_AHEAD = 2  # whose programs are made while a stage trains: early stages can be shorter than one compilation
+
 
 class Stopped(Exception):
     """The run was asked to stop; everything needed to go on is saved."""
@@ -160,7 +162,7 @@ def run_starts(schedule: Schedule) -> dict[int, int]:
 
 
 def enter_stage(run: Experiment, log: RunLog, programs: StagePrograms, step: int, starts: dict[int, int]) -> None:
-    """Get the program of the stage that begins, say what it cost, and start making the next one in the background."""
+    """Get the program of the stage that begins, say what it cost, and have the next ones made in the background."""
     stage = run.schedule.stage_at(step)
     if not starts:
         programs.prefetch_all(run.schedule.stages)
