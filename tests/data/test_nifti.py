@@ -123,6 +123,17 @@ def test_a_header_that_claims_the_impossible_is_refused(tmp_path, fields, words,
             read(path)
 
 
+def test_a_flipped_bit_in_compressed_voxels_is_found(tmp_path):
+    path, rng = tmp_path / "x.nii.gz", np.random.default_rng(0)
+    write_volume(path, rng.integers(0, 200, (20, 20, 20)), np.eye(4))
+    good = path.read_bytes()
+    for position in rng.integers(500, len(good) - 8, 40).tolist():
+        path.write_bytes(good[:position] + bytes([good[position] ^ 4]) + good[position + 1 :])
+        for read in (read_volume, read_channels):
+            with pytest.raises(InputError, match=r"x\.nii\.gz: cannot be read"):
+                read(path)
+
+
 def test_a_compressed_file_of_zeros_does_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(nifti, "MOST_VOXELS", 10**6)
     path = tmp_path / "bomb.nii.gz"
