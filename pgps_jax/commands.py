@@ -99,6 +99,8 @@ class Predict:
     """Step between tiles as a share of the patch."""
     checkpoint: str = "last"
     """Which checkpoint: last or best."""
+    skip_outside: bool = False
+    """Leave out tiles in which every channel is constant, such as air masked to zero; what no other tile covers is background."""
     save_probabilities: bool = False
     """Also write CASE.npz with class probabilities."""
     overwrite: bool = False
@@ -107,6 +109,14 @@ class Predict:
     """Take images as they are stored, as nnU-Net does, also where their axes run otherwise than the training images'."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """Where to compute; auto takes an accelerator when there is one."""
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Print the command that makes a run again, and what of software, machine and data is not as it was."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder (…/fold_<k>)."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +276,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[FindPostprocessing, tyro.conf.subcommand("find-postprocessing")]
     | Annotated[Postprocess, tyro.conf.subcommand("postprocess")]

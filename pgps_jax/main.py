@@ -28,11 +28,12 @@ from pgps_jax.commands import (
     Postprocess,
     Predict,
     Preprocess,
+    Reproduce,
     Run,
     ShowSchedule,
     Train,
 )
-from pgps_jax.config import RunConfig
+from pgps_jax.config import RunConfig, from_json
 from pgps_jax.data.dataset import open_dataset
 from pgps_jax.data.decathlon import convert_decathlon, converted_name
 from pgps_jax.data.doctor import examine
@@ -46,8 +47,9 @@ from pgps_jax.exchange import export_monai, export_nnunet, import_monai, import_
 from pgps_jax.infer.predict import predict_folder
 from pgps_jax.report.bench import advice, bench_table, overall_limit
 from pgps_jax.report.doctor_page import write_doctor_report
-from pgps_jax.report.environment import environment
+from pgps_jax.report.environment import differences, environment
 from pgps_jax.report.progress import CaseProgress
+from pgps_jax.report.reproduce import command_line
 from pgps_jax.report.run_log import complain, console, say
 from pgps_jax.report.schedule import plot_schedule, schedule_table, stage_rows, voxel_share
 from pgps_jax.train.device import choose_platform, warnings
@@ -164,6 +166,19 @@ def bench(command: Bench) -> None:
             "stages": [row.record() for row in rows], "environment": environment()})
 
 
+def reproduce(run: Path) -> None:
+    """Print the command on its own line, and notes on the error stream, so that it can be piped."""
+    config = from_json(RunConfig, workspace.read_json(run / "config.json"), f"{run / 'config.json'}")
+    then, now = workspace.read_json(run / "environment.json"), environment()
+    print(command_line(config, "train" if config.dataset.is_dir() and workspace.is_preprocessed(config.dataset) else "run"))
+    complain(f"started {then.get('time')} in {then.get('folder', 'an unknown folder')}; in this folder, give another --name to run it again")
+    for change in differences(then, now):
+        complain(f"not as then: {change}")
+    if (run / "data.json").exists():
+        complain(f"data: {workspace.read_json(run / 'data.json')['hash']}; they are compared with those of {run / 'data.json'} when "
+                 "a run goes on")
+
+
 def cache_folder() -> Path:
     """Where compiled programs are kept between runs: the user's own cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgps_jax" / "xla"
@@ -173,7 +188,7 @@ def predict(command: Predict) -> None:
     """Segment a folder of images."""
     choose_platform(command.device)
     enable_compilation_cache(cache_folder(), CACHE_BYTES)
-    predictor = load_predictor(command.run, command.checkpoint, command.mirror_tta, command.overlap)
+    predictor = load_predictor(command.run, command.checkpoint, command.mirror_tta, command.overlap, command.skip_outside)
     if others := other_orientations(predictor, command.images):
         if command.ignore_orientation:
             complain(f"warning: {others} images are not stored as {predictor.orientation} like the training images, and are taken as they "
@@ -309,6 +324,8 @@ def execute(command: object) -> int:
                 bench(command)
             case Predict():
                 predict(command)
+            case Reproduce():
+                reproduce(command.run)
             case Evaluate():
                 evaluate(command)
             case FindPostprocessing():

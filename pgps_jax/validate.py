@@ -61,7 +61,7 @@ def fold_folders(run: Path) -> list[Path]:
     return folds
 
 
-def load_predictor(run: Path, checkpoint: str = "last", mirror: bool = True, step: float = 0.5) -> Predictor:
+def load_predictor(run: Path, checkpoint: str = "last", mirror: bool = True, step: float = 0.5, skip_outside: bool = False) -> Predictor:
     """Predictor of a run folder (fold_<k>), or of all folds when `run` is the folder above them.
 
     Raises InputError naming what is missing.
@@ -74,7 +74,7 @@ def load_predictor(run: Path, checkpoint: str = "last", mirror: bool = True, ste
         plan, configuration, Labels.from_json(dataset_json), channel_names(folds[0], dataset_json),
         [load_params(fold / "checkpoints", checkpoint) for fold in folds],
         file_ending=file_ending(folds[0], dataset_json), mirror=mirror, mirror_axes=inference.mirror_axes, step=step,
-        swap_axis=inference.swap_axis, swap_pairs=inference.swap_pairs,
+        skip_outside=skip_outside, swap_axis=inference.swap_axis, swap_pairs=inference.swap_pairs,
         orientation=inference.orientation,  # imported models do not know theirs: images are taken as they are
     )
 
