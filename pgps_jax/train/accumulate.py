@@ -34,24 +34,28 @@ def accumulated_value_and_grad(
         raise ValueError(f"a batch of {len(images)} cannot be cut into {chunks} equal chunks")
     if chunks == 1:
         return jax.value_and_grad(lambda p: loss(forward(p, images)))(params)
-    size = len(images) // chunks
-    parts = _interleaved(images, chunks)
-    results = []
-    for part in parts:
-        if results:  # one chunk after the other: the barrier makes this one depend on the last one's result
-            part, results[-1] = jax.lax.optimization_barrier((part, results[-1]))
-        results.append(forward(params, part))
-    joined = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(chunks * size, *leaves[0].shape[1:]), *results)
-    value, cotangents = jax.value_and_grad(loss)(joined)
+    value, cotangents = jax.value_and_grad(loss)(forward_in_chunks(forward, params, images, chunks))
 
     total = jax.tree.map(jnp.zeros_like, params)
-    for i, part in enumerate(parts):
+    for i, part in enumerate(_interleaved(images, chunks)):
         # without the barrier XLA would notice that it has been here before, and keep the activations after all
         part, cotangents, total = jax.lax.optimization_barrier((part, cotangents, total))
         mine = jax.tree.map(lambda leaf, i=i: _interleaved(leaf, chunks)[i], cotangents)
         _, pull_back = jax.vjp(lambda p, part=part: forward(p, part), params)
         total = jax.tree.map(jnp.add, total, pull_back(mine)[0])
     return value, total
+
+
+def forward_in_chunks(
+    forward: Callable[[PyTree, Float[Array, "b d h w c"]], PyTree], params: PyTree, images: Float[Array, "b d h w c"], chunks: int
+) -> PyTree:
+    """`forward(params, images)` with the activations of one chunk at a time; arguments as above."""
+    results: list[PyTree] = []
+    for part in _interleaved(images, chunks):
+        if results:  # one chunk after the other: the barrier makes this one depend on the last one's result
+            part, results[-1] = jax.lax.optimization_barrier((part, results[-1]))
+        results.append(forward(params, part))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(len(images), *leaves[0].shape[1:]), *results)
 
 
 def _interleaved(leaf: Array, chunks: int) -> list[Array]:

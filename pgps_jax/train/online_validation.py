@@ -28,7 +28,8 @@ class OnlineValidation:
             run.store, run.validation_ids, stage, run.config.sampling, seed=run.config.seed,
             num_batches=run.config.epochs * run.config.validation_steps, image_dtype=device.transport, label_dtype=run.label_dtype)
         self._batch = abstract_batch(device, stage.batch_size, stage.patch_size, run.channels, run.label_dtype)
-        self._step = jax.jit(make_validation_step(graphdef, run.labels, run.configuration.batch_dice))
+        alike = [s.parts for s in run.schedule.stages if (s.patch_size, s.batch_size) == (stage.patch_size, stage.batch_size)]
+        self._step = jax.jit(make_validation_step(graphdef, run.labels, run.configuration.batch_dice, max(alike, default=1)))
         self._program: jax.stages.Compiled | None = None
 
     def __call__(self, run: Experiment, params: PyTree, meter: Meter, log: RunLog, done: int) -> bool:

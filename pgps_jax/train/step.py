@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from pgps_jax.architecture import Size
 from pgps_jax.data.labels import Labels
 from pgps_jax.data.pipeline import PatchBatch
-from pgps_jax.train.accumulate import accumulated_value_and_grad
+from pgps_jax.train.accumulate import accumulated_value_and_grad, forward_in_chunks
 from pgps_jax.train.augment import AugmentPolicy, augment
 from pgps_jax.train.losses import hard_counts, segmentation_loss
 from pgps_jax.train.state import TrainState
@@ -73,14 +73,17 @@ def make_train_step(
 
 
 def make_validation_step(
-    graphdef: nnx.GraphDef, labels: Labels, batch_dice: bool
+    graphdef: nnx.GraphDef, labels: Labels, batch_dice: bool, parts: int = 1
 ) -> Callable[[PyTree, PatchBatch], ValidationCounts]:
-    """Loss and hard counts of one batch of unaugmented patches, for the pseudo-Dice (nnU-Net's online evaluation)."""
+    """Loss and hard counts of one batch of unaugmented patches, for the pseudo-Dice (nnU-Net's online evaluation).
+
+    `parts` as for `make_train_step`.
+    """
 
     def validation_step(params: PyTree, batch: PatchBatch) -> ValidationCounts:
         image = batch.image.astype(jnp.float32)
         label: Int[Array, "b d h w"] = jnp.maximum(batch.label.astype(jnp.int32), 0)
-        logits = nnx.merge(graphdef, params)(image)
+        logits = forward_in_chunks(lambda p, x: nnx.merge(graphdef, p)(x), params, image, parts)
         tp, fp, fn = hard_counts(logits[0], label, labels)
         return ValidationCounts(tp, fp, fn, segmentation_loss(logits, label, labels, batch_dice))
 

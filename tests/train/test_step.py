@@ -13,7 +13,7 @@ from pgps_jax.data.pipeline import PatchBatch
 from pgps_jax.train.augment import AugmentConfig, crop_size, make_policy
 from pgps_jax.train.optim import OptimConfig, make_optimizer
 from pgps_jax.train.state import init_state, split
-from pgps_jax.train.step import make_train_step
+from pgps_jax.train.step import make_train_step, make_validation_step
 
 PATCH = (8, 8, 8)
 LABELS = Labels(("background", "a", "b"), (0, 1, 2))
@@ -48,3 +48,11 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(batch_dice, labels):
     whole = after_two_steps(1)
     for parts in (2, 6):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after_two_steps(parts), whole)
+
+
+def test_validation_in_parts_counts_the_same_voxels():
+    rng = np.random.default_rng(0)
+    batch = PatchBatch(rng.normal(size=(6, *PATCH, 2)).astype(np.float32), rng.integers(-1, 3, (6, *PATCH)).astype(np.int8))
+    graphdef, params = split(TwoHeads(nnx.Rngs(0)))
+    whole, parts = (jax.jit(make_validation_step(graphdef, LABELS, True, n))(params, batch) for n in (1, 3))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), parts, whole)
