@@ -171,7 +171,7 @@ def reproduce(run: Path) -> None:
     config = from_json(RunConfig, workspace.read_json(run / "config.json"), f"{run / 'config.json'}")
     then, now = workspace.read_json(run / "environment.json"), environment()
     print(command_line(config, "train" if config.dataset.is_dir() and workspace.is_preprocessed(config.dataset) else "run"))
-    complain(f"started {then.get('time')} in {then.get('folder', 'an unknown folder')}; in this folder, give another --name to run it again")
+    complain(f"started {then.get('time')} in {then.get('folder', 'an unknown folder')}; give another --name to run it again there")
     for change in differences(then, now):
         complain(f"not as then: {change}")
     if (run / "data.json").exists():

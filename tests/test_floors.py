@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
      "train.only_process", "infer.sliding_window"},
     {"config"},
     {"chosen_network", "inference"},
-    {"workspace", "commands"},
+    {"workspace", "commands", "report.reproduce"},
     {"train.health", "train.meter", "train.setup", "train.pretrained", "train.sizing", "train.online_validation", "train.loop",
      "train.recovery", "infer.export", "infer.predict"},
     {"validate", "bench"},

@@ -153,6 +153,10 @@ def test_a_run_tells_how_it_went_and_keeps_the_environment_it_was_started_in(tin
     assert (health["steps"], health["epochs"], health["resumes"], health["stops"]) == (STEPS, 3, 1, 1)
     assert health["peak_host_bytes"] > 2**20
     assert json.loads((folder / "environment.json").read_text()) == stored
+    assert main(["reproduce", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("pgps-jax run ") and "--name told" in printed.out and "--mode constant" in printed.out
+    assert "not as then: scipy 0.1 then" in printed.err and "data: " in printed.err
 
 
 def test_changed_data_and_a_changed_plan_are_refused_on_resume(tiny, finished, tmp_path, capsys):

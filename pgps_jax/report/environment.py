@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 PACKAGES = ("pgps_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nibabel", "numpy", "scipy", "blosc2")
-OF_THE_MOMENT = {"time", "command"}  # may differ between two sessions of a run without a word
+OF_THE_MOMENT = {"time", "command", "folder"}  # may differ between two sessions of a run without a word
 
 
 def environment() -> dict:
@@ -20,6 +20,7 @@ def environment() -> dict:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
+        "folder": os.getcwd(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
