@@ -23,6 +23,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy.stats import rankdata
 
 from pgps_jax.data.store import CaseStore
+from pgps_jax.errors import InputError
+from pgps_jax.json_file import read_json
 
 CELLS = 16  # per axis
 WINDOW = 7  # cells per axis over which SSIM and UQI compare
@@ -137,8 +139,8 @@ def _window_mean(images: np.ndarray) -> np.ndarray:
 def _read(path: Path) -> dict:
     """A ranking kept earlier; an empty one if there is none or it cannot be read, for it is made again easily."""
     try:
-        kept = json.loads(path.read_text())
+        kept = read_json(path)
         [case["id"] for case in kept["cases"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         return {"rule": None, "cases": []}
     return kept

@@ -25,6 +25,7 @@ import numpy as np
 
 from pgps_jax.architecture import Size
 from pgps_jax.data.b2nd import open_array
+from pgps_jax.data.dataset import check_case_id
 from pgps_jax.data.labels import Label
 from pgps_jax.errors import InputError, brief
 from pgps_jax.interop.pickles import read_properties
@@ -61,7 +62,7 @@ class CaseStore:
     """The cases of a preprocessed folder. Opening is lazy and cheap; nothing is cached.
 
     Raises:
-        InputError: there is no such folder, or it was made by an nnU-Net older than 2.6.
+        InputError: there is no such folder, it was made by an nnU-Net older than 2.6, or a case's name is no file name.
     """
 
     folder: Path
@@ -75,6 +76,8 @@ class CaseStore:
         done = {path.name.removesuffix(".json") for path in _properties_folder(self.folder).glob("*.json")}
         done |= {name.removesuffix(".pkl") for name in names if name.endswith(".pkl")}
         found = sorted(case for case in done if {f"{case}.b2nd", f"{case}_seg.b2nd"} <= names)
+        for case in found:
+            check_case_id(case, self.folder)
         if not found and any(name.endswith(".npz") for name in names):
             raise InputError(
                 f"{self.folder} holds .npz files of an nnU-Net older than 2.6, which are not read; preprocess again."

@@ -164,3 +164,31 @@ def test_missing_damaged_and_old_folders_are_refused_with_a_sentence(tmp_path):
     properties.write_text(json.dumps(counts))
     with pytest.raises(InputError, match=r"a\.json"):
         CaseStore(tmp_path).open("a")
+
+
+def test_a_case_of_an_impossible_name_is_not_taken(tmp_path):
+    write_case(tmp_path, "a", make_case(), PATCH)
+    for file in (tmp_path / "a.b2nd", tmp_path / "a_seg.b2nd", tmp_path / "properties/a.json"):
+        file.rename(file.with_name(file.name.replace("a", "a\nb", 1)))
+    with pytest.raises(InputError, match="cannot be a file name"):
+        _ = CaseStore(tmp_path).ids
+
+
+def test_a_label_in_the_properties_is_a_number_or_a_region(tmp_path):
+    write_case(tmp_path, "a", make_case(), PATCH)
+    path = tmp_path / "properties" / "a.json"
+    good = json.loads(path.read_text())
+    for label in ("__import__('os')", "(" * 5000 + "1" + ")" * 5000, "1e3", "9" * 30, "(1, (2,))", ""):
+        path.write_text(json.dumps(good | {"class_location_counts": {label: 0}}))
+        with pytest.raises(InputError, match=r"a\.json"):
+            CaseStore(tmp_path).open("a")
+
+
+def test_a_damaged_block_is_said_with_its_file_when_it_is_read(tmp_path):
+    write_case(tmp_path, "a", make_case(), PATCH)
+    path = tmp_path / "a.b2nd"
+    content = bytearray(path.read_bytes())
+    content[300:20000] = bytes(19700)
+    path.write_bytes(bytes(content))
+    with pytest.raises(InputError, match=r"a\.b2nd"):
+        CaseStore(tmp_path).open("a").image[:]
