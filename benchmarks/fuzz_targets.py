@@ -322,5 +322,5 @@ TARGETS = (
     Target("stored properties .json", make_stored("properties/a.json"), read_stored, in_json),
     Target("nnU-Net's properties .pkl", make_pickled, read_pickled, in_bytes),
     Target("nnU-Net's checkpoint .pth", make_model, read_model, in_archive),
-    Target("checkpoint of a run", make_checkpoints, read_checkpoints, in_bytes, 0.2),
+    Target("checkpoint of a run", make_checkpoints, read_checkpoints, in_bytes, 0.5),
 )
