@@ -19,7 +19,7 @@ from pgps_jax.main import experiment
 from pgps_jax.train.augment import AugmentConfig
 
 CONFIG = RunConfig(
-    dataset=Path("../shared/data/Hippocampus"),
+    dataset=Path("Dataset004_Hippocampus"),
     name="hippocampus_cpu",
     batch_size=2,
     epochs=15,

@@ -15,7 +15,7 @@ class PatchLimits(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A convolutional encoder-decoder as planned (spec/nnunet.md, sections 6.4, 7 and 9); always 3D.
+    """A convolutional encoder-decoder as planned by nnU-Net (its plans.json, `architecture`); always 3D.
 
     A 2D configuration is a 3D one whose first axis has patch, kernel and stride 1. All per-stage fields run from full
     resolution to the bottleneck; `strides[0]` is (1, 1, 1).
