@@ -204,7 +204,7 @@ class PatchStream:
         self._source, self._stall_seconds, self._say, self._copies = source, stall_seconds, say, processes > 0
         if ahead is None:
             largest = max(source.batch_bytes(stage) for stage in source.schedule.stages)
-            ahead = min(max(_AHEAD_BYTES // largest, threads), _MOST_AHEAD)
+            ahead = read_ahead(largest, threads)
         steps = grain.MapDataset.range(first_step, len(source)) if first_step < len(source) else None
         self._batches: Iterator[PatchBatch] = iter(())
         if steps is not None:
@@ -263,6 +263,11 @@ class PatchStream:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def read_ahead(batch_bytes: int, threads: int) -> int:
+    """How many batches of a size wait in host memory: as many as fit 512 MiB, but enough to keep the threads busy."""
+    return min(max(_AHEAD_BYTES // max(batch_bytes, 1), threads), _MOST_AHEAD)
 
 
 def stream(

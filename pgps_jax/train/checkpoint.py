@@ -16,16 +16,12 @@ import orbax.checkpoint as ocp
 
 from pgps_jax.errors import InputError
 from pgps_jax.train.checksum import check, sealed
-from pgps_jax.train.state import TrainState
+from pgps_jax.train.state import TrainState, state_bytes
 
 SPACE_FACTOR = 2.2  # free space asked for before saving, in sizes of the state: the new checkpoint exists beside the old
 RETRY_SECONDS = 60.0  # after a save that failed, instead of the usual time between checkpoints
 LAST_WAITS = (1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 240.0, 480.0)  # seconds between tries to save the end of a run: a quarter of an hour
 STOP_WAITS = (1.0, 5.0)  # of a run that was asked to stop: whoever asked will not wait long
-
-
-def _state_bytes(state: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 class Checkpoints:
@@ -71,7 +67,7 @@ class Checkpoints:
             if self._under_way.get(other) != step:
                 self._finish(other)
         self._saved_at = time.monotonic()
-        manager, wanted = self._managers[name], SPACE_FACTOR * _state_bytes(state)
+        manager, wanted = self._managers[name], SPACE_FACTOR * state_bytes(state)
         try:
             if step in manager.all_steps():
                 return True

@@ -17,6 +17,7 @@ from pgps_jax.report.progress import plot_progress, progress_bar
 from pgps_jax.report.run_log import RunLog
 from pgps_jax.train.checkpoint import LAST_WAITS, STOP_WAITS, Checkpoints
 from pgps_jax.train.device import Device, open_device, put
+from pgps_jax.train.forecast import forecast
 from pgps_jax.train.health import NotFinite, SkippedSteps
 from pgps_jax.train.meter import STEPS_BEFORE_FORECAST, Meter
 from pgps_jax.train.online_validation import OnlineValidation
@@ -55,6 +56,8 @@ def train(run: Experiment) -> None:
         begin(run, device, int(state.step), log)
         try:
             with stage_programs(run, device, graphdef, state) as programs:
+                stages = forecast(run, device, state, programs, log.say)
+                log.event("forecast", device_bytes=[s.device_bytes for s in stages], host_bytes=[s.host_bytes for s in stages])
                 online = OnlineValidation(run, device, graphdef)
                 while int(state.step) < run.num_steps:
                     try:

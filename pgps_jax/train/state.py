@@ -31,3 +31,8 @@ def split(network: nnx.Module) -> tuple[nnx.GraphDef, PyTree]:
 def abstract(tree: PyTree, sharding: jax.sharding.Sharding | None = None) -> PyTree:
     """Shapes and types of a tree, as ahead-of-time compilation and restoring want them."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def state_bytes(state: TrainState) -> int:
+    """Bytes of all arrays of a state."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
