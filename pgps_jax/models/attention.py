@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from pgps_jax.architecture import Size
+from pgps_jax.models.blocks import add_bias
 
 
 def to_windows(
@@ -103,7 +104,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch ci"]) -> Float[Array, "*batch co"]:
         y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
 
 class Perceptron(nnx.Module):

@@ -22,6 +22,12 @@ def he_normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> Array:
     return jax.random.normal(rngs.params(), shape) * math.sqrt(2 / ((1 + SLOPE**2) * fan_in))
 
 
+def add_bias(y: Float[Array, "*batch c"], bias: Float[Array, " c"]) -> Float[Array, "*batch c"]:
+    """`y` + `bias` in the dtype of `y`, added in at least float32: the gradient of a bias is a sum over all voxels, which would
+    stand still in half precision after a few hundred."""
+    return (y.astype(jnp.promote_types(y.dtype, jnp.float32)) + bias).astype(y.dtype)
+
+
 def recomputed(block: Callable, remat: bool) -> Callable:
     """`block` itself, or with `remat` the same whose inside is computed again in the backward pass instead of kept."""
     return jax.checkpoint(block) if remat else block
@@ -49,7 +55,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b d h w ci"]) -> Float[Array, "b do ho wo co"]:
         y = self.without_bias(x)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
     def without_bias(self, x: Float[Array, "b d h w ci"]) -> Float[Array, "b do ho wo co"]:
         """The convolution alone, for a norm that would take the bias away again."""
@@ -76,8 +82,8 @@ class TransposedConv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "b d h w ci"]) -> Float[Array, "b do ho wo co"]:
-        bias = None if self.bias is None else self.bias[...]
-        return conv_transpose3d(x.astype(self.dtype), self.kernel[...].astype(self.dtype), bias)
+        y = conv_transpose3d(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
 
 class InstanceNorm(nnx.Module):

@@ -1,5 +1,6 @@
 """The peers' networks with their weights, inputs, outputs and gradients, in our layout."""
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -63,30 +64,31 @@ class PeerNetwork(NamedTuple):
 
 @pytest.fixture(scope="session")
 def peer_network(golden):
-    """peer_network("plain_iso") -> PeerNetwork; `weights` and `gradients` name the files that hold them, if others."""
+    """peer_network("plain_iso") -> PeerNetwork; see read_peer."""
+    return functools.partial(read_peer, golden)
 
-    def read(name: str, weights: str | None = None, gradients: str | None = None) -> PeerNetwork:
-        arrays, about = golden(f"nets/{name}")
-        weight_arrays, _ = golden(f"nets/{weights or name}")
-        architecture, ends = golden_architecture(about), (about["input_channels"], about["num_classes"])
-        graphdef, params = nnx.split(nnx.eval_shape(lambda: build(architecture, *ends, rngs=nnx.Rngs(0))))
-        state_dict = {k.removeprefix("param:"): v for k, v in weight_arrays.items() if k.startswith("param:")}
-        assert set(about["parameter_names"]) == set(state_dict)
-        nnx.replace_by_pure_dict(params, jax.tree.map(jnp.asarray, params_from_state_dict(state_dict)))
-        net = nnx.merge(graphdef, params)
-        expected = {k: v for k, v in arrays.items() if k.startswith("grad_")}
-        if gradients:
-            expected |= golden(f"nets/{gradients}")[0]
-        count = sum(k.startswith("output_") for k in arrays)
-        return PeerNetwork(
-            net,
-            channels_last(arrays["input"]),
-            [channels_last(arrays[f"output_{i}"]) for i in range(count)],
-            [channels_last(arrays[f"fixed_{i}"]) for i in range(count)],
-            {k.removeprefix("grad_param:").removeprefix("grad_"): v for k, v in expected.items()},
-        )
 
-    return read
+def read_peer(golden: Callable, name: str, weights: str | None = None, gradients: str | None = None) -> PeerNetwork:
+    """nnU-Net's network of a golden file; `weights` and `gradients` name the files that hold them, if others."""
+    arrays, about = golden(f"nets/{name}")
+    weight_arrays, _ = golden(f"nets/{weights or name}")
+    architecture, ends = golden_architecture(about), (about["input_channels"], about["num_classes"])
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: build(architecture, *ends, rngs=nnx.Rngs(0))))
+    state_dict = {k.removeprefix("param:"): v for k, v in weight_arrays.items() if k.startswith("param:")}
+    assert set(about["parameter_names"]) == set(state_dict)
+    nnx.replace_by_pure_dict(params, jax.tree.map(jnp.asarray, params_from_state_dict(state_dict)))
+    net = nnx.merge(graphdef, params)
+    expected = {k: v for k, v in arrays.items() if k.startswith("grad_")}
+    if gradients:
+        expected |= golden(f"nets/{gradients}")[0]
+    count = sum(k.startswith("output_") for k in arrays)
+    return PeerNetwork(
+        net,
+        channels_last(arrays["input"]),
+        [channels_last(arrays[f"output_{i}"]) for i in range(count)],
+        [channels_last(arrays[f"fixed_{i}"]) for i in range(count)],
+        {k.removeprefix("grad_param:").removeprefix("grad_"): v for k, v in expected.items()},
+    )
 
 
 def golden_architecture(about: dict) -> Architecture:
@@ -199,26 +201,28 @@ class MonaiNetwork(NamedTuple):
 
 @pytest.fixture(scope="session")
 def monai_network(golden):
-    """monai_network("monai_unetr", **options to change) -> MonaiNetwork; weights follow the recipe in the sidecar.
+    """monai_network("monai_unetr") -> MonaiNetwork; see read_monai."""
+    return functools.partial(read_monai, golden)
 
-    `expected` names the file with what the peer computed, if another. With dtype float64 (inside jax.enable_x64) all is float64.
+
+def read_monai(golden: Callable, name: str, dtype=jnp.float32, expected: str | None = None, **changes) -> MonaiNetwork:
+    """MONAI's network of a golden file; weights follow the recipe in the sidecar.
+
+    `expected` names the file with what the peer computed, if another; `changes` are options to change. With dtype float64
+    (inside jax.enable_x64) all is float64.
     """
-
-    def read(name: str, dtype=jnp.float32, expected: str | None = None, **changes) -> MonaiNetwork:
-        arrays, about = golden(f"nets/{name}")
-        recipe = about["weight_recipe"]
-        weights = {k: hashed(recipe["name_prefix"] + k, **v) for k, v in recipe["parameters"].items()}
-        for key, total in recipe["parameter_sums_float64"].items():
-            assert abs(weights[key].sum(dtype=np.float64) - total) < 1e-6
-        graphdef, params = nnx.split(nnx.eval_shape(lambda: build_monai(about, dtype, **changes)))
-        wide = np.promote_types(dtype, np.float32)
-        loaded = jax.tree.map(lambda array: jnp.asarray(array, wide), monai_names.params_from_state_dict(weights))
-        nnx.replace_by_pure_dict(params, loaded)
-        cotangent = hashed(f"{name}.fixed_0", about["output_checksums"][0]["shape"], 0.0, 1.0)
-        image, cotangent = (channels_last(array).astype(wide) for array in (arrays["input"], cotangent))
-        return MonaiNetwork(graphdef, params, image, cotangent, golden(f"nets/{expected}")[0] if expected else arrays, about)
-
-    return read
+    arrays, about = golden(f"nets/{name}")
+    recipe = about["weight_recipe"]
+    weights = {k: hashed(recipe["name_prefix"] + k, **v) for k, v in recipe["parameters"].items()}
+    for key, total in recipe["parameter_sums_float64"].items():
+        assert abs(weights[key].sum(dtype=np.float64) - total) < 1e-6
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: build_monai(about, dtype, **changes)))
+    wide = np.promote_types(dtype, np.float32)
+    loaded = jax.tree.map(lambda array: jnp.asarray(array, wide), monai_names.params_from_state_dict(weights))
+    nnx.replace_by_pure_dict(params, loaded)
+    cotangent = hashed(f"{name}.fixed_0", about["output_checksums"][0]["shape"], 0.0, 1.0)
+    image, cotangent = (channels_last(array).astype(wide) for array in (arrays["input"], cotangent))
+    return MonaiNetwork(graphdef, params, image, cotangent, golden(f"nets/{expected}")[0] if expected else arrays, about)
 
 
 def build_monai(about: dict, dtype=jnp.float32, **changes) -> nnx.Module:
