@@ -35,6 +35,7 @@ from pgps_jax.data.resample import (
 )
 from pgps_jax.data.store import Preprocessed, remove_leftovers, stored_from, write_case
 from pgps_jax.errors import InputError
+from pgps_jax.host_memory import gib, host_bytes_left
 
 _FORMAT = 1  # raise it when preprocessing changes what it writes: stored cases are then made again
 _COMPRESSED_SHARE = 0.5  # of the uncompressed size; the least that real images have been seen to need is about this
@@ -209,9 +210,11 @@ def _run(tasks: list[tuple], workers: int) -> Iterator[str | None]:
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
+        unfinished = [task[0].id for task, future in zip(tasks, futures, strict=True) if future.exception()]
         raise InputError(
-            "A preprocessing process was killed, most likely because memory ran out. Start again with fewer "
-            f"--workers (now {workers}); the cases already done are kept."
+            "A preprocessing process was killed, most likely because memory ran out, in one of the cases "
+            f"{', '.join(unfinished[:workers])}; {gib(host_bytes_left())} are free now. "
+            f"Start again with fewer --workers (now {workers}); the cases already done are kept."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -244,7 +247,9 @@ def _preprocess_and_store(
     except (InputError, OSError, MemoryError) as error:
         reason = str(error)
         if isinstance(error, MemoryError):
-            reason = "memory ran out; use fewer --workers."
+            shape = "x".join(map(str, read_header(case.images[0]).shape))
+            reason = (f"memory ran out with {len(case.images)} channels of {shape} voxels, {gib(host_bytes_left())} are free; "
+                      "use fewer --workers.")
         elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
             reason = f"the disk of {folder} is full."
         known = "" if case.id in reason else f"Case {case.id} ({case.images[0]}): "

@@ -295,3 +295,27 @@ p.preprocess_dataset(open_dataset({str(dataset.folder)!r}), plan, configuration,
 
 def with_this_package() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(preprocess.__file__).parents[2])}
+
+
+class Deadly:
+    """A case that kills the process that it comes to, as the system does when memory runs out."""
+
+    def __init__(self, name):
+        self.id = name
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_killed_process_is_told_with_the_cases_in_work_and_the_free_memory():
+    with pytest.raises(InputError, match=r"one of the cases a, b; .*(GiB|MiB) are free now.*fewer --workers \(now 2\)"):
+        list(preprocess._run([(Deadly(name),) for name in "abc"], 2))
+
+
+def test_running_out_of_memory_is_told_with_case_shape_and_free_memory(dataset, tmp_path, monkeypatch):
+    def too_much(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(preprocess, "preprocess_case", too_much)
+    told = preprocess._preprocess_and_store(dataset.cases[0], PLAN, CONFIGURATION, dataset.labels, tmp_path, "")
+    assert dataset.cases[0].id in told and "channels of" in told and "are free; use fewer --workers" in told

@@ -210,3 +210,11 @@ def test_a_description_that_was_changed_is_not_believed(tmp_path):
             check(changed, state_at(3))
     with pytest.raises(ValueError, match="params/stages/0/kernel is not what was saved"):
         check(description, state_at(3)._replace(params=state_at(4).params))
+
+
+def test_notices_of_preemption_are_asked_for_only_where_there_is_a_distributed_runtime(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(module.ocp.CheckpointManager, "reached_preemption", lambda self, step: step >= 7)
+        assert not checkpoints.preempted(8)
+        monkeypatch.setattr(module.jax.distributed, "is_initialized", lambda: True)
+        assert not checkpoints.preempted(6) and checkpoints.preempted(7)
