@@ -43,6 +43,15 @@ class PeerNetwork(NamedTuple):
         assert len(logits) == len(self.outputs)
         return max(relative_error(a, b) for a, b in zip(logits, self.outputs, strict=True))
 
+    def half_precision_error(self) -> float:
+        """Largest |bfloat16 - float32| / |float32| (Euclidean) of the heads, with the peer's weights."""
+        half = nnx.clone(self.net)
+        for _, module in nnx.iter_modules(half):
+            if hasattr(module, "dtype"):
+                module.dtype = jnp.bfloat16
+        pairs = zip(*(jax.jit(net)(self.image) for net in (half, self.net)), strict=True)
+        return max(float(jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel())) for a, b in pairs)
+
     def gradient_error(self, dtype=jnp.float32) -> float:
         """The same for the gradients that the peer recorded, computed in `dtype`."""
         net = self.net

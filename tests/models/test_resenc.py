@@ -21,6 +21,10 @@ def test_all_heads_and_gradients_equal_nnunets(peer_network):
     assert peer.gradient_error() <= 1e-4
 
 
+def test_bfloat16_with_random_weights_stays_near_float32(peer_network):
+    assert peer_network("resenc").half_precision_error() <= 2e-2
+
+
 def test_bfloat16_stays_near_float32(bfloat16_error):
     assert bfloat16_error(planned((4, 8, 8), (1, 2, 1))) <= 2e-2
 

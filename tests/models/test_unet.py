@@ -40,6 +40,12 @@ def test_the_smallest_patch_with_a_one_voxel_bottleneck_equals_nnunets(peer_netw
     assert peer.gradient_error() <= 1e-4
 
 
+@pytest.mark.parametrize("name", ["plain_iso", "plain_anisotropic"])
+def test_bfloat16_with_random_weights_stays_as_near_float32_as_it_can(peer_network, name):
+    """These weights enlarge what rounding leaves: PyTorch's own bfloat16 autocast is 1.9e-2 and 2.0e-2 off with them."""
+    assert peer_network(name).half_precision_error() <= 2.5e-2
+
+
 def test_bfloat16_stays_near_float32(bfloat16_error):
     assert bfloat16_error(TINY) <= 2e-2
 
