@@ -3,7 +3,7 @@
 One of three forms is used, with the same numbers up to rounding:
 
 * Winograd's F(4, 3) along depth (Lavin and Gray 2016) on top of 2D convolutions: 6 products of planes instead of 12 give 4 planes.
-  At stride 1, where there are channels enough to pay for mixing planes.
+  At stride 1, where there are channels and voxels enough to pay for mixing planes.
 * slices: one 2D convolution per slice of the kernel.
 * gathered: the neighbours of each voxel side by side, and one matrix product. For planes smaller than the kernel, where XLA would
   exchange the two and then loop naively.
@@ -12,6 +12,7 @@ Arrays are channels-last. Padding is (k - 1) // 2 on both sides of each axis.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from pgps_jax.architecture import Size
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
+_WORTH_MIXING = 3 * 10**8  # multiplications of a convolution; below, Winograd's form takes longer to compile than it ever saves
 
 
 def conv(x, kernel, *, stride: Size):
@@ -45,7 +47,8 @@ def _form(x, kernel, stride):
     (d, h, w), (kd, kh, kw), channels = x.shape[1:4], kernel.shape[:3], kernel.shape[3:]
     if (h // stride[1]) * (w // stride[2]) < kh * kw:
         return _gathered, _gathered_gradients
-    if kd == 3 and kh % 2 == kw % 2 == 1 and tuple(stride) == (1, 1, 1) and d > 2 and min(channels) >= 16:
+    possible = kd == 3 and kh % 2 == kw % 2 == 1 and tuple(stride) == (1, 1, 1) and d > 2
+    if possible and min(channels) >= 16 and math.prod(x.shape[:4]) * kernel.size >= _WORTH_MIXING:
         return _winograd, _winograd_gradients
     return _slices, _slices_gradients
 

@@ -33,6 +33,13 @@ def value_and_gradients(f, *args):
     return run(*args)
 
 
+@pytest.fixture(params=[0, 10**12], ids=["mixed", "sliced"])
+def form(request, monkeypatch):
+    """Small convolutions in the form of large ones as well."""
+    monkeypatch.setattr("pgps_jax.models.conv_cpu._WORTH_MIXING", request.param)
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("depth", [1, 2, 3, 5, 8])  # one slice, slices, Winograd with and without a remainder
 def test_a_convolution_and_its_gradients_are_xlas(depth):
     x, kernel = draw(0, 2, depth, 4, 6, 16), draw(1, 3, 3, 3, 16, 16)
@@ -51,6 +58,7 @@ def test_planes_smaller_or_hardly_larger_than_the_kernel_give_what_xla_gives(siz
     assert max(map(relative_error, ours, theirs)) < 5e-6
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("kernel_size", [(3, 1, 1), (3, 3, 1), (1, 3, 3)])
 def test_flat_kernels_give_what_xla_gives(kernel_size):
     x, kernel = draw(0, 2, 6, 4, 6, 16), draw(1, *kernel_size, 16, 32)
