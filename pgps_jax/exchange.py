@@ -89,15 +89,19 @@ def export_monai(run: Path, output: Path, checkpoint: str = "last") -> list[Path
     configuration = plan.configurations[read_inference(folders[0], plan).configuration]
     name, arguments = monai_class(configuration.architecture)
     ends = {"in_channels": len(configuration.normalization_schemes), "out_channels": Labels.from_json(dataset).num_outputs}
-    window = arguments.get("window_size", 7)
-    window = (window,) * 3 if isinstance(window, int) else tuple(window)
     output.mkdir(parents=True, exist_ok=True)
     files = []
     for folder in folders:
         files.append(output / f"fold_{_fold_of(folder)}.pt")
-        write_checkpoint(files[-1], state_dict_from_params(load_params(folder / "checkpoints", checkpoint), window))
+        write_state_dict(load_params(folder / "checkpoints", checkpoint), configuration.architecture, files[-1])
     write_json(output / "network.json", {"class": f"monai.networks.nets.{name}", "arguments": ends | arguments})
     return files
+
+
+def write_state_dict(params: dict, architecture: Architecture, path: Path) -> None:
+    """Write the parameters of UNETR or SwinUNETR as a torch file with MONAI's state dict."""
+    window = monai_class(architecture)[1].get("window_size", 7)
+    write_checkpoint(path, state_dict_from_params(params, (window,) * 3 if isinstance(window, int) else window))
 
 
 def monai_class(architecture: Architecture) -> tuple[str, dict]:
