@@ -14,6 +14,7 @@ class StopRequest:
         self._file = folder / "STOP"
         self._file.unlink(missing_ok=True)  # a wish of an earlier session
         self._reason: str | None = None
+        self._at_once = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -31,12 +32,15 @@ class StopRequest:
 
     def _wish(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self._reason is not None:
-            raise KeyboardInterrupt
+            self._at_once = True
+            raise KeyboardInterrupt  # which Python swallows in a callback of the garbage collector: `reason` raises it again
         self._reason = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
     @property
     def reason(self) -> str | None:
-        """Who asked to stop, or None."""
+        """Who asked to stop, or None. Raises KeyboardInterrupt after a second Ctrl-C."""
+        if self._at_once:
+            raise KeyboardInterrupt
         if self._reason is None and self._file.exists():
             self._reason = "file STOP"
         return self._reason

@@ -39,7 +39,7 @@ class PeerNetwork(NamedTuple):
 
     def forward_error(self) -> float:
         """Largest deviation of any head, relative to the head's largest value."""
-        logits = jax.jit(self.net)(self.image)
+        logits = compiled(self.net, self.image)(self.image)
         assert len(logits) == len(self.outputs)
         return max(relative_error(a, b) for a, b in zip(logits, self.outputs, strict=True))
 
@@ -49,7 +49,7 @@ class PeerNetwork(NamedTuple):
         for _, module in nnx.iter_modules(half):
             if hasattr(module, "dtype"):
                 module.dtype = jnp.bfloat16
-        pairs = zip(*(jax.jit(net)(self.image) for net in (half, self.net)), strict=True)
+        pairs = zip(*(compiled(net, self.image)(self.image) for net in (half, self.net)), strict=True)
         return max(float(jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel())) for a, b in pairs)
 
     def gradient_error(self, dtype=jnp.float32) -> float:
@@ -65,7 +65,8 @@ class PeerNetwork(NamedTuple):
             logits = nnx.merge(graphdef, params)(image)
             return sum(jnp.sum(a * b) for a, b in zip(logits, self.cotangents, strict=True))
 
-        g_params, g_image = jax.jit(jax.grad(objective, argnums=(0, 1)))(params, self.image.astype(dtype))
+        image = jnp.asarray(self.image, dtype)
+        g_params, g_image = compiled(jax.grad(objective, argnums=(0, 1)), params, image)(params, image)
         ours = state_dict_from_params(nnx.to_pure_dict(g_params)) | {"input": np.moveaxis(np.asarray(g_image), -1, 1)}
         assert self.gradients
         return max(relative_error(ours[name], theirs) for name, theirs in self.gradients.items())
@@ -149,12 +150,11 @@ def bfloat16_error():
     def measure(architecture: Architecture) -> float:
         x = jax.random.normal(jax.random.key(0), (2, 16, 16, 16, 1))
 
-        @jax.jit
         def logits(x):
             nets = (build(architecture, 1, 3, dtype=dtype, rngs=nnx.Rngs(0)) for dtype in (jnp.float32, jnp.bfloat16))
             return [net(x, deep_supervision=False)[0] for net in nets]
 
-        full, half = logits(x)
+        full, half = compiled(logits, x)(x)
         assert (full.dtype, half.dtype) == (jnp.float32, jnp.bfloat16)
         return float(jnp.linalg.norm((half.astype(jnp.float32) - full).ravel()) / jnp.linalg.norm(full.ravel()))
 

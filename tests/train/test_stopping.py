@@ -1,5 +1,6 @@
 """A run stops when asked, in each of the ways that the README names."""
 
+import contextlib
 import os
 import signal
 
@@ -35,3 +36,12 @@ def test_handlers_are_given_back(tmp_path):
     with StopRequest(tmp_path):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_ctrl_c_that_python_swallows_is_noticed_at_the_next_step(tmp_path):
+    with StopRequest(tmp_path) as stop:
+        signal.raise_signal(signal.SIGINT)
+        with contextlib.suppress(KeyboardInterrupt):  # as in a callback of the garbage collector
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            _ = stop.reason
