@@ -3,11 +3,10 @@
 Command:   python configs/hippocampus_cpu.py DATASET
            python configs/hippocampus_cpu.py DATASET --mode constant --name hippocampus_cpu_constant
 Hardware:  2 cores (AMD EPYC, busy with other work at the same time, so the seconds are an upper limit)
-Duration:  efficiency 9.8 minutes of training (590 s: 532 steps, 20 validation, 38 waiting for programs), constant 21.6 minutes;
-           ratio 0.46, the share of voxels alone is 0.33
-Dice:      fold 0, mean foreground over 52 whole volumes: efficiency 0.830 (anterior 0.836, posterior 0.823), constant 0.858
-           (0.868, 0.848). At 1500 steps of 2 patches efficiency mode has seen a third of the voxels and is still behind; a full
-           nnU-Net training (250,000 steps of 9) reaches about 0.89
+Duration:  efficiency 7.6 minutes of training (455 s: 416 steps, 21 validation, 18 waiting for programs; compiling beside them takes
+           about 90 s of both cores), constant 15.8 minutes; ratio 0.48, the share of voxels alone is 0.32
+Dice:      fold 0, mean foreground over 52 whole volumes: efficiency 0.822, constant 0.859. At 1500 steps of 2 patches efficiency mode has
+           seen a third of the voxels and is still behind; a full nnU-Net training (250,000 steps of 9) reaches about 0.89
 """
 
 import sys
