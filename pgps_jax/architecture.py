@@ -29,6 +29,11 @@ class Architecture:
     convs_per_stage_decoder: tuple[int, ...] = ()
     options: dict[str, int | float | str | bool | tuple[int, ...]] = field(default_factory=dict)  # transformers
 
+    @property
+    def first_features(self) -> int:
+        """Channels at full resolution."""
+        return self.features_per_stage[0] if self.features_per_stage else int(self.options.get("feature_size", 24))  # SwinUNETR's default
+
     def __hash__(self):
         return hash((self.backbone, self.features_per_stage, self.kernel_sizes, self.strides, self.blocks_per_stage,
                      self.convs_per_stage_decoder, tuple(sorted(self.options.items()))))

@@ -70,7 +70,7 @@ def forecast(run: Experiment, device: Device, state: TrainState, programs: Stage
 
 def _generous(run: Experiment, device: Device) -> Callable[[Stage], float]:
     """Bytes of activations and batches per device, with a wide margin."""
-    features = max(run.configuration.architecture.features_per_stage[:1], default=32)
+    features = run.configuration.architecture.first_features
     item = 4 if device.platform == "cpu" else 2
     return lambda stage: TENSORS * features * item * stage.voxels / stage.parts / device.count + _waiting(run, device, stage)
 

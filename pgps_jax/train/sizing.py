@@ -48,7 +48,7 @@ def fill_memory(run: Experiment, say: Callable[[str], None]) -> Experiment:
     lower = stage_lowering(run, device, graphdef, state)
     del state
     options = program_options(run, device)
-    features = max(run.configuration.architecture.features_per_stage[:1], default=1)
+    features = run.configuration.architecture.first_features
     budget = device_budget(run.config.curriculum.memory_fraction)
     chosen = []
     share, voxels = run.config.curriculum.dataset_share, math.prod(run.configuration.median_shape) * num_cases(run)
