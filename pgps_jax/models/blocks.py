@@ -171,5 +171,5 @@ class ResidualBlock(nnx.Module):
         y = self.conv2(self.conv1(x))
         for part in self.skip:
             x = part(x)
-        y = y + x
-        return jnp.where(y > 0, y, SLOPE * y)
+        total = y.astype(jnp.promote_types(y.dtype, jnp.float32)) + x
+        return jnp.where(total > 0, total, SLOPE * total).astype(y.dtype)  # rounded once to half precision

@@ -4,7 +4,7 @@ One of three forms is used, with the same numbers up to rounding:
 
 * Winograd's F(4, 3) along depth (Lavin and Gray 2016) on top of 2D convolutions: 6 products of planes instead of 12 give 4 planes.
   At stride 1, where there are channels and voxels enough to pay for mixing planes.
-* slices: one 2D convolution per slice of the kernel.
+* folded: the planes that a kernel spans side by side, and one 2D convolution: a third of the kernels to compile, and longer rows.
 * gathered: the neighbours of each voxel side by side, and one matrix product. For planes smaller than the kernel, where XLA would
   exchange the two and then loop naively.
 
@@ -50,55 +50,44 @@ def _form(x, kernel, stride):
     possible = kd == 3 and kh % 2 == kw % 2 == 1 and tuple(stride) == (1, 1, 1) and d > 2
     if possible and min(channels) >= 16 and math.prod(x.shape[:4]) * kernel.size >= _WORTH_MIXING:
         return _winograd, _winograd_gradients
-    return _slices, _slices_gradients
+    return _folded, _folded_gradients
 
 
-def _padding(kernel_size) -> list[tuple[int, int]]:
-    return [((k - 1) // 2,) * 2 for k in kernel_size]
+def _side_by_side(padded, taps: int, stride: int, axis: int):
+    """The neighbours along an axis that a kernel of `taps` spans, side by side in the channels, the tap being their slowest index;
+    and the taps that they are for: without those that meet nothing but padding."""
+    pad = (taps - 1) // 2
+    reach = (padded.shape[axis] - taps) // stride * stride + 1
+    useful = [t for t in range(taps) if t < padded.shape[axis] - pad and t + reach > pad]
+    windows = [lax.slice_in_dim(padded, t, t + reach, stride, axis) for t in useful]
+    return jnp.concatenate(windows, axis=-1), slice(useful[0], useful[-1] + 1)
 
 
 def _gathered(x, kernel, stride):
-    axes = [_useful_taps(*axis) for axis in zip(x.shape[1:4], kernel.shape[:3], stride, strict=True)]
-    padded = jnp.pad(x, [(0, 0), *_padding(kernel.shape[:3]), (0, 0)])
-    for axis in (3, 2, 1):  # the last taps gathered are the slowest index of the channels, as in the kernel
-        first, last, length = axes[axis - 1]
-        reach = stride[axis - 1] * (length - 1) + 1
-        windows = [lax.slice_in_dim(padded, t, t + reach, stride[axis - 1], axis) for t in range(first, last + 1)]
-        padded = jnp.concatenate(windows, axis=-1)
-    kd, kh, kw = (slice(first, last + 1) for first, last, _ in axes)
-    return padded @ kernel[kd, kh, kw].reshape(-1, kernel.shape[-1])
-
-
-def _useful_taps(size: int, taps: int, stride: int) -> tuple[int, int, int]:
-    """First and last tap of a kernel's axis that meet more than padding, and the length of the output."""
-    pad = (taps - 1) // 2
-    length = (size + 2 * pad - taps) // stride + 1
-    useful = [t for t in range(taps) if t < pad + size and t + stride * (length - 1) >= pad]
-    return useful[0], useful[-1], length
+    x = jnp.pad(x, [(0, 0), *_padding(kernel.shape[:3]), (0, 0)])
+    x, columns = _side_by_side(x, kernel.shape[2], stride[2], 3)
+    x, rows = _side_by_side(x, kernel.shape[1], stride[1], 2)
+    x, planes = _side_by_side(x, kernel.shape[0], stride[0], 1)
+    return x @ kernel[planes, rows, columns].reshape(-1, kernel.shape[-1])
 
 
 def _gathered_gradients(x, kernel, g, stride):
     return jax.vjp(lambda x, kernel: _gathered(x, kernel, stride), x, kernel)[1](g)
 
 
-def _conv2d(x, kernel, stride=(1, 1)):
-    return lax.conv_general_dilated(x, kernel, stride, _padding(kernel.shape[:2]), dimension_numbers=_NHWC)
+def _folded(x, kernel, stride):
+    x = jnp.pad(x, [(0, 0), *_padding(kernel.shape[:1]), (0, 0), (0, 0), (0, 0)])
+    x, planes = _side_by_side(x, kernel.shape[0], stride[0], 1)
+    kernel = kernel[planes].transpose(1, 2, 0, 3, 4)
+    y = _conv2d(x.reshape(-1, *x.shape[2:]), kernel.reshape(*kernel.shape[:2], -1, kernel.shape[-1]), stride[1:])
+    return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def _slices(x, kernel, stride):
-    b, _, h, w, c = x.shape
-    first, last, depth = _useful_taps(x.shape[1], len(kernel), stride[0])
-    pad = (len(kernel) - 1) // 2
-    padded = jnp.pad(x, [(0, 0), (pad, pad), (0, 0), (0, 0), (0, 0)])
-    total = 0.0
-    for i in range(first, last + 1):
-        planes = lax.slice_in_dim(padded, i, i + (depth - 1) * stride[0] + 1, stride[0], axis=1)
-        total = total + _conv2d(planes.reshape(b * depth, h, w, c), kernel[i], stride[1:])
-    return total.reshape(b, depth, *total.shape[1:])
-
-
-def _slices_gradients(x, kernel, g, stride):
-    return jax.vjp(lambda x, kernel: _slices(x, kernel, stride), x, kernel)[1](g)
+def _folded_gradients(x, kernel, g, stride):
+    if tuple(stride) == (1, 1, 1) and all(k % 2 for k in kernel.shape[:3]):
+        g_x = _folded(g, kernel[::-1, ::-1, ::-1].swapaxes(3, 4), stride)
+        return g_x, jax.vjp(lambda kernel: _folded(x, kernel, stride), kernel)[1](g)[0]
+    return jax.vjp(lambda x, kernel: _folded(x, kernel, stride), x, kernel)[1](g)
 
 
 # Winograd's F(4, 3). Rows of INPUT mix 6 neighbouring planes, rows of KERNEL the 3 slices of the kernel, rows of OUTPUT the 6
@@ -155,6 +144,14 @@ def _winograd_kernel_gradient(x, kernel, g):
 def _in_order(x):
     """The same array, moved in memory to the order of its axes."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _conv2d(x, kernel, stride=(1, 1)):
+    return lax.conv_general_dilated(x, kernel, stride, _padding(kernel.shape[:2]), dimension_numbers=_NHWC)
+
+
+def _padding(kernel_size) -> list[tuple[int, int]]:
+    return [((k - 1) // 2,) * 2 for k in kernel_size]
 
 
 def _blocks(x):
