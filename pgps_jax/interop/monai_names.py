@@ -8,11 +8,9 @@ import re
 
 import numpy as np
 
-# PyTorch (out, in, d, h, w) -> (d, h, w, in, out); transposed convolutions hold (in, out, d, h, w); linear (out, in)
-_TO_CONV, _TO_TRANSPOSED = (2, 3, 4, 1, 0), (2, 3, 4, 0, 1)
-_FROM_CONV, _FROM_TRANSPOSED = (4, 3, 0, 1, 2), (3, 4, 0, 1, 2)
+from pgps_jax.interop.parameter_tree import FROM_CONV, FROM_TRANSPOSED, TO_CONV, TO_TRANSPOSED, bare, insert, leaves, torch_name
+
 _TRANSPOSED = re.compile(r"(^|\.)transp_conv(_init)?\.|^encoder\d+\.blocks\.\d+\.0\.")
-_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel and torch.compile
 _INDEX, _TABLE = "relative_position_index", "relative_position_bias_table"
 
 
@@ -20,9 +18,8 @@ def params_from_state_dict(state_dict: dict[str, np.ndarray]) -> dict:
     """Nested dict of our parameters, list positions as int keys."""
     params = {}
     for name, array in state_dict.items():
-        name = _PREFIXES.sub("", name).replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")  # old names
-        *folders, leaf = name.split(".")
-        array = np.asarray(array)
+        name = bare(name).replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")  # old names
+        array, leaf = np.asarray(array), name.rpartition(".")[2]
         if leaf == _INDEX:
             continue
         if leaf == "weight":
@@ -30,28 +27,23 @@ def params_from_state_dict(state_dict: dict[str, np.ndarray]) -> dict:
             if array.ndim == 2:
                 array = array.T
             elif array.ndim == 5:
-                array = array.transpose(_TO_TRANSPOSED if _TRANSPOSED.search(name) else _TO_CONV)
-        here = params
-        for part in folders:
-            here = here.setdefault(int(part) if part.isdecimal() else part, {})
-        here[leaf] = np.ascontiguousarray(array)
+                array = array.transpose(TO_TRANSPOSED if _TRANSPOSED.search(name) else TO_CONV)
+        insert(params, name, leaf, np.ascontiguousarray(array))
     return params
 
 
 def state_dict_from_params(params: dict, window: tuple[int, int, int] = (7, 7, 7)) -> dict[str, np.ndarray]:
     """State dict that MONAI loads strictly; `window` is SwinUNETR's window size."""
     state_dict = {}
-    for path, array in _leaves(params, ()):
-        *folders, leaf = path
-        array = np.asarray(array)
-        name = ".".join([*folders, "weight" if leaf in ("kernel", "scale") else leaf])
-        if array.ndim == 2 and leaf == "kernel":
+    for path, array in leaves(params):
+        name, array = torch_name(path), np.asarray(array)
+        if array.ndim == 2 and path[-1] == "kernel":
             array = array.T
         elif array.ndim == 5:
-            array = array.transpose(_FROM_TRANSPOSED if _TRANSPOSED.search(name) else _FROM_CONV)
+            array = array.transpose(FROM_TRANSPOSED if _TRANSPOSED.search(name) else FROM_CONV)
         state_dict[name] = np.ascontiguousarray(array)
-        if leaf == _TABLE:
-            state_dict[".".join([*folders, _INDEX])] = relative_position_index(window)
+        if path[-1] == _TABLE:
+            state_dict[".".join([*path[:-1], _INDEX])] = relative_position_index(window)
     return state_dict
 
 
@@ -64,11 +56,10 @@ def swin_encoder_from_pretraining(state_dict: dict[str, np.ndarray]) -> tuple[di
     """
     encoder, others = {}, []
     for name, array in state_dict.items():
-        short = _PREFIXES.sub("", name)
-        nested = re.sub(r"^encoder\.(layers\d)\.0\.0\.", r"\1.0.", short)
-        bare = re.sub(r"^(encoder\.(?=patch_embed)|swinViT\.)", "", nested)
-        if re.match(r"patch_embed\.|layers\dc?\.0\.", bare):
-            encoder["swinViT." + bare] = array
+        nested = re.sub(r"^encoder\.(layers\d)\.0\.0\.", r"\1.0.", bare(name))
+        short = re.sub(r"^(encoder\.(?=patch_embed)|swinViT\.)", "", nested)
+        if re.match(r"patch_embed\.|layers\dc?\.0\.", short):
+            encoder["swinViT." + short] = array
         else:
             others.append(name)
     return params_from_state_dict(encoder), tuple(others)
@@ -80,10 +71,3 @@ def relative_position_index(window: tuple[int, int, int]) -> np.ndarray:
     difference = places[:, :, None] - places[:, None, :] + np.reshape(window, (3, 1, 1)) - 1
     return np.ravel_multi_index(tuple(difference), tuple(2 * size - 1 for size in window))
 
-
-def _leaves(tree, path):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*path, str(key)))
-        else:
-            yield (*path, str(key)), value

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgps_jax.errors import InputError
+from pgps_jax.interop.parameter_tree import leaves
 
 # Layers that see the image, and layers that give the classes: U-Nets, then UNETR and Swin UNETR
 _INPUT = re.compile(
@@ -62,7 +63,7 @@ def load_partially(
     Raises:
         InputError: nothing fits, or class names do not match the heads.
     """
-    theirs, ours = dict(_leaves(source)), dict(_leaves(target))
+    theirs, ours = ({".".join(path): value for path, value in leaves(tree)} for tree in (source, target))
     matched, adapted, skipped, loaded = [], {}, {}, {}
     named = target_classes is not None and source_classes is not None
     for path, own in ours.items():
@@ -125,15 +126,6 @@ def _check_names(path: str, outputs: int, names: Sequence[str], whose: str) -> N
 
 def _shapes(given: tuple[int, ...], own: tuple[int, ...]) -> str:
     return f"{given} in the source, {own} here"
-
-
-def _leaves(tree: Mapping, prefix: str = ""):
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _leaves(value, path + ".")
-        else:
-            yield path, value
 
 
 def _replaced(tree: Mapping, values: dict[str, Any], prefix: str = "") -> dict:

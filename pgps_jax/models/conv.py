@@ -18,26 +18,19 @@ _PADDED_CHANNELS = 8  # XLA pads the channels of half-precision convolutions for
 
 
 def conv3d(
-    x: Float[Array, "b d h w ci"],
-    kernel: Float[Array, "kd kh kw ci co"],
-    bias: Float[Array, " co"] | None = None,
-    stride: Size = (1, 1, 1),
+    x: Float[Array, "b d h w ci"], kernel: Float[Array, "kd kh kw ci co"], stride: Size = (1, 1, 1)
 ) -> Float[Array, "b do ho wo co"]:
     """Cross-correlation with zero padding of (k - 1) // 2 voxels on both sides of each axis, as PyTorch's Conv3d.
 
     `kernel` has the dtype of `x`, in which the result comes back. Axes with an even kernel shrink by one.
     """
     if kernel.shape[:3] == (1, 1, 1) and tuple(stride) == (1, 1, 1):
-        y = jnp.tensordot(x, kernel[0, 0, 0], axes=1)
-    else:
-        y = _conv(x, kernel, tuple(stride))
-    return y if bias is None else y + bias.astype(y.dtype)
+        return jnp.tensordot(x, kernel[0, 0, 0], axes=1)
+    return _conv(x, kernel, tuple(stride))
 
 
 def conv_transpose3d(
-    x: Float[Array, "b d h w ci"],
-    kernel: Float[Array, "sd sh sw ci co"],
-    bias: Float[Array, " co"] | None = None,
+    x: Float[Array, "b d h w ci"], kernel: Float[Array, "sd sh sw ci co"]
 ) -> Float[Array, "b do ho wo co"]:
     """Transposed convolution whose kernel equals its stride, so that no two inputs meet in an output voxel.
 
@@ -48,8 +41,7 @@ def conv_transpose3d(
     sd, sh, sw, _, co = kernel.shape
     y = jnp.tensordot(x, kernel.transpose(3, 0, 1, 2, 4).reshape(ci, sd * sh * sw * co), axes=1)
     y = y.reshape(b * d, h, w, sd, sh, sw * co).transpose(0, 3, 1, 4, 2, 5)  # rank 6: XLA's CPU reductions crash at 7
-    y = y.reshape(b, d * sd, h * sh, w * sw, co)
-    return y if bias is None else y + bias.astype(y.dtype)
+    return y.reshape(b, d * sd, h * sh, w * sw, co)
 
 
 def instance_norm(
