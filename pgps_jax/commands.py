@@ -140,6 +140,19 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Compare trainings over the cases that they share: Dice with intervals, paired test, time, convergence; also with nnU-Net's."""
+
+    trainings: tyro.conf.Positional[tuple[str, ...]]
+    """Two or more of PATH or NAME=PATH, the baseline first: run folders (…/fold_<k>), their parents with all folds, nnU-Net's
+    results folders, or summary.json files. The same NAME means repetitions, such as other seeds."""
+    dataset_json: Path | None = None
+    """dataset.json with the names of the classes; looked for beside the first path when not given."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Folder for comparison.json and comparison.png; nothing is written when not given."""
+
+
+@dataclass(frozen=True)
 class FindPostprocessing:
     """Find out on cross-validation predictions whether keeping only the largest components raises the Dice."""
 
@@ -278,6 +291,7 @@ Command = (
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[FindPostprocessing, tyro.conf.subcommand("find-postprocessing")]
     | Annotated[Postprocess, tyro.conf.subcommand("postprocess")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]

@@ -14,6 +14,7 @@ from pgps_jax.bench import check_bench, chosen_stages, host_of, measure_stage, o
 from pgps_jax.commands import (
     Bench,
     Command,
+    Compare,
     ConvertMsd,
     Demo,
     Doctor,
@@ -45,7 +46,9 @@ from pgps_jax.evaluate.postprocess import apply_postprocessing, decide_postproce
 from pgps_jax.evaluate.summary import evaluate_folder
 from pgps_jax.exchange import export_monai, export_nnunet, import_monai, import_nnunet
 from pgps_jax.infer.predict import predict_folder
+from pgps_jax.json_file import write_json
 from pgps_jax.report.bench import advice, bench_table, overall_limit
+from pgps_jax.report.comparison import class_names, compare, comparison_table, plot_comparison, read_contenders
 from pgps_jax.report.doctor_page import write_doctor_report
 from pgps_jax.report.environment import differences, environment
 from pgps_jax.report.progress import CaseProgress
@@ -214,6 +217,18 @@ def evaluate(command: Evaluate) -> None:
     say(f"summary: {output}")
 
 
+def compare_trainings(command: Compare) -> None:
+    """Print how trainings compare, and write numbers and picture if asked to."""
+    contenders = read_contenders(command.trainings)
+    comparison = compare(contenders, class_names(command.dataset_json, command.trainings[0]))
+    console.print(comparison_table(comparison))
+    if command.output:
+        command.output.mkdir(parents=True, exist_ok=True)
+        write_json(command.output / "comparison.json", comparison)
+        plot_comparison(contenders, command.output / "comparison.png")
+        say(f"numbers and picture: {command.output}")
+
+
 def find_postprocessing(command: FindPostprocessing) -> None:
     """Write postprocessing.json and say what was decided."""
     labels = workspace.find_labels(command.dataset_json, command.predictions, command.references)
@@ -328,6 +343,8 @@ def execute(command: object) -> int:
                 reproduce(command.run)
             case Evaluate():
                 evaluate(command)
+            case Compare():
+                compare_trainings(command)
             case FindPostprocessing():
                 find_postprocessing(command)
             case Postprocess():
