@@ -122,10 +122,10 @@ def run_training(config: RunConfig) -> dict:
     check_pretrained(config)
     if workspace.run_folder(config).is_dir():
         with only_process(workspace.run_folder(config)):
-            pass  # only asked here, before --fresh deletes it
+            pass  # only asked here, before long work
     experiment = workspace.open_experiment(config, say)
     start = prepare_start(experiment)
-    if not (experiment.folder / "config.json").exists():
+    if not workspace.goes_on(config):
         experiment = sized(experiment, say)
     workspace.write_run_folder(experiment, environment())
     if start:

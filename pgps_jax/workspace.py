@@ -189,6 +189,11 @@ def run_folder(config: RunConfig) -> Path:
     return config.workspace / "runs" / config.dataset.resolve().name / config.run_name / f"fold_{config.fold}"
 
 
+def goes_on(config: RunConfig) -> bool:
+    """Whether a run of this name is under way and is to go on, not to be started over."""
+    return (run_folder(config) / "config.json").exists() and not config.fresh
+
+
 def planned_schedule(config: RunConfig, configuration: Configuration, num_cases: int, num_steps: int | None = None) -> Schedule:
     """The schedule that a config asks for, before any training; `num_steps` shortens it."""
     if config.accumulate != "auto" and config.accumulate < 1:
@@ -216,9 +221,9 @@ def predicted_balance(config: RunConfig, configuration: Configuration, preproces
 
 
 def open_experiment(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Experiment:
-    """Put an experiment together from a preprocessed dataset, and create its run folder or check that it agrees.
+    """Put an experiment together from a preprocessed dataset, and check that it agrees with its run folder if it goes on.
 
-    Everything that can be refused is refused here, before anything is written. `say` hears what was not planned this way.
+    Everything that can be refused is refused here, before anything is written or deleted. `say` hears what was not planned this way.
     """
     config.check_loader()
     preprocessed, plan, dataset_json = planned(config.dataset, config.workspace, config.planner)
@@ -233,9 +238,7 @@ def open_experiment(config: RunConfig, say: Callable[[str], None] = lambda _: No
         train_ids = ranked_cases(preprocessed / f"similarity_fold_{config.fold}.json", store, train_ids)
 
     folder = run_folder(config)
-    if config.fresh and folder.exists():
-        shutil.rmtree(folder)
-    if (folder / "config.json").exists():
+    if goes_on(config):
         check_same(config, read_json(folder / "config.json"), folder)
         refuse_changed_plan(configuration, folder)
         schedule = schedule_from_json(read_json(folder / "schedule.json"))
@@ -247,7 +250,7 @@ def open_experiment(config: RunConfig, say: Callable[[str], None] = lambda _: No
         config, folder, preprocessed, changed, configuration, dataset_json, labels, store, tuple(train_ids), tuple(validation_ids),
         schedule, learning_rates(config, configuration, schedule), augment_policy(config, plan, configuration, labels, store),
     )
-    if (folder / "data.json").exists():
+    if goes_on(config) and (folder / "data.json").exists():
         refuse_changed(read_json(folder / "data.json"), identity_of(experiment), folder / "data.json")
     return experiment
 
@@ -294,9 +297,14 @@ def augment_policy(config: RunConfig, plan: Plan, configuration: Configuration, 
 
 
 def write_run_folder(experiment: Experiment, environment: dict) -> None:
-    """Create RUN with everything that the run depends on; config.json last, as the sign that the folder is complete."""
+    """Create RUN with everything that the run depends on; config.json last, as the sign that the folder is complete.
+
+    Only here, when nothing can be refused any more, is an earlier run of the same name deleted if the config asks for that.
+    """
     folder = experiment.folder
     try:
+        if experiment.config.fresh and folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "data.json").exists():
             write_json(folder / "data.json", identity_of(experiment))
@@ -315,7 +323,7 @@ def write_run_folder(experiment: Experiment, environment: dict) -> None:
         "configuration": experiment.config.configuration, "mirror_axes": list(experiment.policy.mirror_axes),
         "swap_axis": experiment.policy.swap_axis, "swap_pairs": [list(pair) for pair in experiment.policy.swap_pairs],
         "orientation": training_orientation(experiment.store, experiment.train_ids)})
-    write_json(folder / "config.json", to_json(experiment.config))
+    write_json(folder / "config.json", to_json(dataclasses.replace(experiment.config, fresh=False)))
 
 
 def training_orientation(store: CaseStore, ids: Sequence[str]) -> str | None:

@@ -178,6 +178,13 @@ def test_a_run_folder_of_another_config_is_refused_naming_the_key(tiny, finished
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
 
 
+@pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--accumulate", "0"], ["--pretrained", "nothing.pth"]])
+def test_starting_over_deletes_nothing_while_something_can_be_refused(tiny, finished, capsys, wrong):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert main(command(*tiny, "whole", "--fresh", *wrong)) == EXIT_BAD_INPUT
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--fold", "9"], "fold"),
     (["--fold", "-1"], "fold"),

@@ -22,7 +22,7 @@ from pgps_jax.train.checkpoint import Checkpoints, load_params
 from pgps_jax.train.device import open_device
 from pgps_jax.train.setup import initial_state
 from pgps_jax.train.state import TrainState
-from pgps_jax.workspace import Experiment, run_folder
+from pgps_jax.workspace import Experiment, goes_on, run_folder
 
 _WEIGHTS = ("network_weights", "state_dict", "model_state_dict", "model")  # keys under which files hold a state dict
 _SWIN_ENCODER = re.compile(r"(^|\.)layers\dc?\.0\.")
@@ -49,7 +49,7 @@ def check_pretrained(config: RunConfig) -> None:
     Raises InputError as `read_pretrained`, and for weights that --fresh would delete.
     """
     path, folder = config.pretrained, run_folder(config)
-    if path is None or (_is_under_way(folder) and not config.fresh):
+    if path is None or _is_under_way(config):
         return
     if config.fresh and folder.resolve() in (path.resolve(), *path.resolve().parents):
         raise InputError(f"--pretrained {path}: lies in the run folder that --fresh would delete; give the new run another --name")
@@ -62,7 +62,7 @@ def prepare_start(run: Experiment) -> Start | None:
     Raises InputError when nothing of them fits; nothing is written.
     """
     path = run.config.pretrained
-    if path is None or _is_under_way(run.folder):
+    if path is None or _is_under_way(run.config):
         return None
     source = read_pretrained(path)
     _, state = initial_state(run, open_device(run.schedule.stages, run.config.network.precision))
@@ -132,5 +132,7 @@ def output_names(labels: Labels) -> tuple[str, ...]:
     return tuple(name for _, name in sorted(named))
 
 
-def _is_under_way(folder: Path) -> bool:
-    return any(path.name.isdecimal() for path in (folder / "checkpoints" / "last").glob("*"))
+def _is_under_way(config: RunConfig) -> bool:
+    """Whether there is a checkpoint to go on from, which holds what the pretrained weights became."""
+    checkpoints = (run_folder(config) / "checkpoints" / "last").glob("*")
+    return goes_on(config) and any(path.name.isdecimal() for path in checkpoints)
