@@ -2,7 +2,7 @@
 
 A training is read from a run folder (fold_<k>), from its parent with several folds, from an nnU-Net results folder of either
 kind, or from a summary.json alone, which has no curve. Trainings that are given the same name are repetitions (seeds): a case
-counts with the mean over them.
+counts with the mean over them. Everything is measured on the cases that all have in common.
 """
 
 import math
@@ -25,7 +25,6 @@ from pgps_jax.evaluate.summary import ENDINGS, case_id_of
 from pgps_jax.json_file import read_json
 from pgps_jax.report.run_log import read_records
 
-MOST_NAMED = 5  # cases that a message lists
 _NNUNET_EPOCH = re.compile(r"Pseudo dice \[(?P<dice>.*?)\]|Epoch time: (?P<seconds>[\d.]+) s")
 _NUMBER = re.compile(r"(?<![\w.])(?:nan|\d+(?:\.\d+)?(?:e-?\d+)?)(?![\w.])")
 
@@ -41,18 +40,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Contender:
-    """One name with all its trainings: Dice per case and class (NaN where neither segmentation has the class), seconds, curves."""
+    """One name with all its trainings: Dice per case and class (NaN where neither segmentation has the class), the curve of every
+    fold and repetition (None: unknown), and the mean Dice of each repetition."""
 
     name: str
     dice: dict[str, dict[str, float]]
-    curves: tuple[Curve, ...]
-    repetitions: int = 1
+    curves: tuple[Curve | None, ...]
+    repetition_means: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of training of one repetition, all its folds together; None when unknown."""
-        total = sum(curve.seconds[-1] for curve in self.curves if curve.seconds)
-        return total / self.repetitions if total else None
+        """Seconds of training per fold, on average; None where it is unknown for one."""
+        return float(np.mean([c.seconds[-1] for c in self.curves])) if self.curves and all(self.curves) else None
 
     @property
     def by_case(self) -> dict[str, float]:
@@ -63,28 +62,35 @@ class Contender:
 def read_contenders(arguments: Sequence[str]) -> list[Contender]:
     """The trainings that the command line names, `PATH` or `NAME=PATH`, the baseline first.
 
-    Raises InputError: fewer than two names, a path without results, a case measured twice, or cases that differ.
+    Raises InputError: fewer than two names, two trainings of one name that was not given, a path without results, a case
+    measured twice in one training, or no case in common.
     """
     trainings: dict[str, list[Contender]] = {}
     for argument in arguments:
-        name, given, path = argument.rpartition("=")
-        found = read_training(Path(path), name if given else default_name(Path(path)))
-        trainings.setdefault(found.name, []).append(found)
+        path, name = path_and_name(argument)
+        if name is None and (name := default_name(path)) in trainings:
+            raise InputError(f"{path}: another training is called {name} too; name them NAME=PATH (the same name means repetitions)")
+        trainings.setdefault(name, []).append(read_training(path, name))
     if len(trainings) < 2:
         raise InputError(f"a comparison needs two names, found {', '.join(trainings) or 'none'}; give another run, or name them "
                          "NAME=PATH (the same name means repetitions)")
     contenders = [repeated(name, group) for name, group in trainings.items()]
     for other in contenders[1:]:
-        shared = contenders[0].dice.keys() & other.dice.keys()
-        if not shared:
+        if not contenders[0].dice.keys() & other.dice.keys():
             raise InputError(f"{contenders[0].name} and {other.name} have no case in common (for example "
                              f"{next(iter(contenders[0].dice))} and {next(iter(other.dice))}); compare the same fold of the same dataset")
     return contenders
 
 
+def path_and_name(argument: str) -> tuple[Path, str | None]:
+    """Path and, where one is given, name of an argument; what exists is a path, whatever characters it has."""
+    name, given, path = argument.partition("=")
+    return (Path(path), name) if given and not Path(argument).exists() else (Path(argument), None)
+
+
 def default_name(path: Path) -> str:
     """Name of the run of a path: that of the folder above fold_<k>, or of the folder itself."""
-    parts = [part for part in path.resolve().parts if not re.fullmatch(r"fold_\d+|validation|summary\.json", part)]
+    parts = [part for part in path.resolve().parts if not re.fullmatch(r"fold_(\d+|all)|validation|summary\.json", part)]
     return parts[-1] if parts else str(path)
 
 
@@ -103,7 +109,7 @@ def read_training(path: Path, name: str) -> Contender:
         if twice := sorted(dice.keys() & of_fold.keys()):
             raise InputError(f"{path}: case {twice[0]} was validated in several folds; give the folds one by one")
         dice |= of_fold
-    return Contender(name, dice, tuple(curve for folder in measured if (curve := read_curve(folder))))
+    return Contender(name, dice, tuple(map(read_curve, measured)))
 
 
 def dice_of(path: Path) -> dict[str, dict[str, float]]:
@@ -169,12 +175,13 @@ def repeated(name: str, trainings: Sequence[Contender]) -> Contender:
     for case in cases:
         found = [training.dice[case] for training in trainings if case in training.dice]
         dice[case] = {label: mean_known([of.get(label, float("nan")) for of in found]) for label in found[0]}
-    return Contender(name, dice, tuple(curve for training in trainings for curve in training.curves), len(trainings))
+    means = tuple(mean_known(list(training.by_case.values())) for training in trainings)
+    return Contender(name, dice, tuple(curve for training in trainings for curve in training.curves), means)
 
 
 def class_names(dataset_json: Path | None, first: str) -> dict[str, str]:
     """Label as summaries write it -> its name, from a dataset.json: the given one, or one beside the first training; else none."""
-    path = Path(first.rpartition("=")[2])
+    path, _ = path_and_name(first)
     places = [dataset_json] if dataset_json else [folder / "dataset.json" for folder in (path, *list(path.absolute().parents)[:2])]
     found = next((place for place in places if place.exists() or dataset_json), None)
     if found is None:
@@ -190,28 +197,32 @@ def mean_known(values: Sequence[float]) -> float:
 
 
 def compare(contenders: Sequence[Contender], class_names: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """JSON-able comparison of all contenders with the first.
+    """JSON-able comparison of all contenders with the first, over the cases that all have.
 
-    Each row holds the mean Dice over the contender's cases with its 95 % bootstrap interval, the same per class, and, but for the
-    first, the paired difference over shared cases with its interval and Holm-adjusted Wilcoxon p value, and the ratio of seconds.
+    Each row holds the mean Dice with its 95 % bootstrap interval, the same per class, every case's, the means of the repetitions,
+    and, but for the first, the paired difference with its interval and Holm-adjusted Wilcoxon p value, and the ratio of seconds.
     """
-    baseline, names = contenders[0], class_names or {}
+    names = class_names or {}
+    shared = [case for case in contenders[0].dice if all(case in other.dice for other in contenders)]
+    baseline = {case: contenders[0].by_case[case] for case in shared}
     rows = []
     for contender in contenders:
-        row: dict[str, Any] = {"name": contender.name, "cases": len(contender.dice), "repetitions": contender.repetitions,
-                               "dice": _interval(mean_interval(_known(contender.by_case.values()))),
-                               "dice_per_class": {}, "training_seconds": contender.seconds}
-        for label in next(iter(contender.dice.values())):
-            values = _known(classes.get(label, float("nan")) for classes in contender.dice.values())
-            row["dice_per_class"][names.get(label, label)] = _interval(mean_interval(values))
-        if contender is not baseline:
-            found = paired_difference(baseline.by_case, contender.by_case)
+        by_case = {case: contender.by_case[case] for case in shared}
+        per_class = {label: [contender.dice[case].get(label, float("nan")) for case in shared] for label in contender.dice[shared[0]]}
+        row: dict[str, Any] = {
+            "name": contender.name, "cases_left_out": len(contender.dice) - len(shared),
+            "dice": _interval(mean_interval(_known(by_case.values()))),
+            "dice_per_class": {names.get(label, label): _interval(mean_interval(_known(v))) for label, v in per_class.items()},
+            "dice_per_repetition": [_json(mean) for mean in contender.repetition_means],
+            "dice_per_case": {case: _json(value) for case, value in by_case.items()}, "training_seconds": contender.seconds}
+        if contender is not contenders[0]:
+            found = paired_difference(baseline, by_case)
             row["difference"] = found._asdict() | {"difference": _interval(found.difference)}
-            row["seconds_ratio"] = contender.seconds / baseline.seconds if contender.seconds and baseline.seconds else None
+            row["seconds_ratio"] = contender.seconds / contenders[0].seconds if contender.seconds and contenders[0].seconds else None
         rows.append(row)
     for row, p in zip(rows[1:], holm([row["difference"]["p_value"] for row in rows[1:]]), strict=True):
         row["difference"]["p_adjusted"] = p
-    return {"baseline": baseline.name, "rows": rows}
+    return {"baseline": contenders[0].name, "cases": len(shared), "rows": rows}
 
 
 def _known(values) -> np.ndarray:
@@ -220,20 +231,28 @@ def _known(values) -> np.ndarray:
 
 
 def _interval(interval: Interval) -> dict[str, float | None]:
-    return {key: None if math.isnan(value) else value for key, value in interval._asdict().items()}
+    return {key: _json(value) for key, value in interval._asdict().items()}
+
+
+def _json(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
     """The comparison for the terminal; Dice with 95 % intervals over cases."""
-    table = Table(title=f"Dice and training time against {comparison['baseline']}",
-                  box=box.SIMPLE, padding=(0, 1, 0, 0), caption="95 % bootstrap intervals over cases; p: Wilcoxon signed-rank over paired cases, Holm-adjusted")
+    left_out = [f"{row['cases_left_out']} of {row['name']}" for row in comparison["rows"] if row["cases_left_out"]]
+    table = Table(title=f"Dice over {comparison['cases']} cases and training time per fold, against {comparison['baseline']}",
+                  box=box.SIMPLE, padding=(0, 1, 0, 0),
+                  caption="95 % bootstrap intervals over cases; p: Wilcoxon signed-rank over paired cases, Holm-adjusted"
+                  + (f"; cases not shared by all: {', '.join(left_out)}" if left_out else ""))
     table.add_column("training", overflow="fold")
     for heading in ("Dice", "difference", "better / worse", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in comparison["rows"]:
-        name = row["name"] + (f" ({row['repetitions']} repetitions)" if row["repetitions"] > 1 else "")
+        means = row["dice_per_repetition"]
+        name = row["name"] + (f"\n{len(means)} repetitions, SD {np.std(means, ddof=1):.4f}" if len(means) > 1 and None not in means else "")
         time = "unknown" if row["training_seconds"] is None else f"{row['training_seconds'] / 60:.1f} min"
-        cells = [f"{name}\n{row['cases']} cases", _shown(row["dice"], "")]
+        cells = [name, _shown(row["dice"], "")]
         if difference := row.get("difference"):
             cells += [_shown(difference["difference"], "+"),
                       f"{difference['better']} / {difference['worse']}\np = {difference['p_adjusted']:.2g}",
@@ -258,7 +277,7 @@ def plot_comparison(contenders: Sequence[Contender], path: Path) -> None:
     baseline = contenders[0].by_case
     for number, contender in enumerate(contenders):
         color = f"C{number % 10}"
-        for k, curve in enumerate(contender.curves):
+        for k, curve in enumerate(filter(None, contender.curves)):
             label = contender.name if k == 0 else None
             share.plot(curve.progress, curve.pseudo_dice, color=color, label=label)
             time.plot(np.array(curve.seconds) / 60, curve.pseudo_dice, color=color, label=label)

@@ -48,12 +48,15 @@ def test_a_run_and_nnunets_results_are_compared_over_shared_cases_with_times_and
     (theirs / "fold_0" / "training_log_2026_1_1.txt").write_text(LOG)
     contenders = read_contenders([f"nnU-Net={theirs}", str(ours)])
     assert [c.name for c in contenders] == ["nnU-Net", "ours"]
-    first, second = compare(contenders)["rows"]
-    assert (first["cases"], second["cases"], second["difference"]["cases"]) == (20, 12, 12)
+    comparison = compare(contenders)
+    first, second = comparison["rows"]
+    assert (comparison["cases"], first["cases_left_out"], second["cases_left_out"]) == (12, 8, 0)
+    assert first["dice_per_case"] == pytest.approx(dice(-0.02))
     assert second["difference"]["difference"]["mean"] == pytest.approx(0.02)
     assert second["difference"]["better"] == 12 and second["difference"]["p_adjusted"] < 0.01
-    assert (first["training_seconds"], second["training_seconds"]) == (20.0, 4 * 1.0 + 2 * 1.0 + 4.0)
-    assert second["seconds_ratio"] == pytest.approx(0.5)
+    assert (first["training_seconds"], second["training_seconds"]) == (None, 4 * 1.0 + 2 * 1.0 + 4.0)  # one fold has no log
+    (theirs / "fold_1" / "training_log_2026_1_1.txt").write_text(LOG)
+    assert compare(read_contenders([f"nnU-Net={theirs}", str(ours)]))["rows"][1]["seconds_ratio"] == pytest.approx(0.5)
 
 
 def test_convergence_is_read_from_nnunets_log_and_from_our_records(tmp_path):
@@ -69,8 +72,15 @@ def test_the_same_name_means_repetitions_and_their_mean_counts(tmp_path):
         write_run(tmp_path / f"seed{k}" / "fold_0", dice(offset))
     write_run(tmp_path / "base" / "fold_0", dice())
     first, second = compare(read_contenders([f"{tmp_path / 'base'}", f"x={tmp_path / 'seed0'}", f"x={tmp_path / 'seed1'}"]))["rows"]
-    assert second["repetitions"] == 2 and second["difference"]["difference"]["mean"] == pytest.approx(0.02)
+    assert len(second["dice_per_repetition"]) == 2 and second["difference"]["difference"]["mean"] == pytest.approx(0.02)
     assert second["training_seconds"] == first["training_seconds"]
+
+
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
+    for name in ("lr=0.1", "lr=0.2"):
+        write_run(tmp_path / name / "fold_0", dice())
+    contenders = read_contenders([str(tmp_path / "lr=0.1"), f"other={tmp_path / 'lr=0.2'}"])
+    assert [c.name for c in contenders] == ["lr=0.1", "other"]
 
 
 def test_classes_that_a_case_does_not_have_do_not_count(tmp_path):
@@ -107,7 +117,8 @@ def test_the_table_says_unknown_where_nothing_was_measured(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["{0}/a/fold_0"], "needs two names"),
-    (["{0}/a/fold_0", "{0}/a"], "needs two names"),
+    (["{0}/a/fold_0", "{0}/a"], "called a too"),
+    (["x={0}/a/fold_0", "x={0}/a"], "needs two names"),
     (["{0}/a", "{0}/nothing"], "no validation/summary.json"),
     (["{0}/a", "{0}/b"], "no case in common"),
     (["{0}/a", "{0}/twice"], "several folds"),
