@@ -24,6 +24,7 @@ CONFIG = RunConfig(
     epochs=15,
     steps_per_epoch=100,
     validation_steps=4,
+    mirror_tta=False,
     curriculum=CurriculumConfig(mode="efficiency"),
     augment=AugmentConfig(preset="light"),
     network=NetworkConfig(base_features=16),

@@ -34,7 +34,15 @@ def test_a_notebook_holds_valid_python_and_no_outputs(path):
     assert cells
     for cell in cells:
         assert not cell["outputs"]
-        ast.parse("".join(line for line in cell["source"] if line[0] not in "!%"))
+        for node in ast.walk(ast.parse("".join(line for line in cell["source"] if line[0] not in "!%"))):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("pgps_jax"):
+                assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_leaves_the_device_to_the_trainings_that_it_starts(path):
+    for cell in json.loads(path.read_text())["cells"]:
+        assert not any("import jax" in line and line[0] != "!" for line in cell["source"])
 
 
 def command_lines():
