@@ -177,9 +177,10 @@ def reproduce(run: Path) -> None:
     complain(f"started {then.get('time')} in {then.get('folder', 'an unknown folder')}; give another --name to run it again there")
     for change in differences(then, now):
         complain(f"not as then: {change}")
-    if (run / "data.json").exists():
-        complain(f"data: {workspace.read_json(run / 'data.json')['hash']}; they are compared with those of {run / 'data.json'} when "
-                 "a run goes on")
+    try:
+        workspace.refuse_changed_inputs(config, run)
+    except InputError as error:
+        complain(f"not as then: {error}")
 
 
 def cache_folder() -> Path:
@@ -311,7 +312,7 @@ def experiment(config: RunConfig) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 bad input, 75 stopped on request (start it again to go on)."""
     description = f"pgps_jax {__version__}: train 3D segmentation networks with growing patches."
-    command = tyro.cli(Command, prog="pgps_jax", args=arguments, description=description, config=(tyro.conf.OmitSubcommandPrefixes,))
+    command = tyro.cli(Command, prog="pgps-jax", args=arguments, description=description, config=(tyro.conf.OmitSubcommandPrefixes,))
     return execute(command)
 
 
@@ -371,13 +372,13 @@ def execute(command: object) -> int:
                     say(f"MONAI state dict: {file}")
             case Demo():
                 return demo(command)
-    except InputError as error:
+    except (InputError, OSError) as error:
         complain(f"error: {error}")
         return EXIT_BAD_INPUT
     except Stopped:
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        complain("interrupted; the same command goes on from the last checkpoint")
+        complain("interrupted" + ("; the same command goes on from the last checkpoint" if isinstance(command, RunConfig) else ""))
         return 130
     return 0
 

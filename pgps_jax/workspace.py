@@ -260,6 +260,14 @@ def identity_of(run: Experiment) -> dict:
     return identity(run.store, run.train_ids, run.validation_ids, run.dataset_json)
 
 
+def refuse_changed_inputs(config: RunConfig, folder: Path) -> None:
+    """Raise InputError when plan or data are not those of the run in `folder` any more, or are gone."""
+    now = open_experiment(dataclasses.replace(config, fresh=True))  # as a new run would find them; nothing is deleted here
+    refuse_changed_plan(now.configuration, folder)
+    if (folder / "data.json").exists():
+        refuse_changed(read_json(folder / "data.json"), identity_of(now), folder / "data.json")
+
+
 def refuse_changed_plan(configuration: Configuration, folder: Path) -> None:
     """Raise InputError when the dataset was planned otherwise since the run in `folder` was started."""
     stored = read_plan(folder / "plan.json").configurations.get(configuration.name)
