@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "pgps_jax"
 
 # Lowest first. A file may import from the floors below its own, and from its own floor as long as that makes no circle.
 FLOORS: list[set[str]] = [
-    {"__init__", "errors", "json_file", "architecture", "host_memory", "data.__init__", "train.__init__", "infer.__init__",
+    {"__init__", "errors", "json_file", "folder_lock", "architecture", "host_memory", "data.__init__", "train.__init__", "infer.__init__",
      "evaluate.__init__", "interop.__init__", "report.__init__"},
     {"data.b2nd", "data.labels", "data.nifti", "data.resample", "interop.parameter_tree", "interop.pickles", "interop.nnunet_names",
      "interop.monai_names", "interop.nnunet_model", "interop.pretrained", "models.conv", "models.conv_cpu", "models.blocks",

@@ -1,16 +1,11 @@
 """One process per run folder: two that train in the same one would spoil each other's records and checkpoints."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pgps_jax.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from pgps_jax.folder_lock import hold_folder
 
 
 @contextmanager
@@ -19,18 +14,9 @@ def only_process(folder: Path) -> Iterator[None]:
 
     Raises InputError when another process holds it. Where the file system knows no locks, nothing is held.
     """
-    if fcntl is None:
+    def refuse() -> None:
+        raise InputError(f"{folder}: another process is training this run; wait for it, stop it (touch {folder / 'STOP'}), "
+                         "or use another --name")
+
+    with hold_folder(folder, refuse):
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is training this run; wait for it, stop it (touch {folder / 'STOP'}), "
-                             "or use another --name") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
-    finally:
-        os.close(descriptor)
