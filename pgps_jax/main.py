@@ -88,7 +88,7 @@ def preprocess(command: Preprocess | RunConfig) -> None:
         dataset, plans, folder = workspace.plan_dataset(
             command.dataset, command.workspace, command.planner, say, progress, command.workers)
         configuration = workspace.configuration_of(plans, command.configuration)
-        store = workspace.preprocess(dataset, plans, configuration, folder, command.workers, progress)
+        store = workspace.preprocess(dataset, plans, configuration, folder, command.workers, progress, say)
     say(f"{len(store.ids)} preprocessed cases: {store.folder}")
 
 

@@ -1,7 +1,6 @@
 """Where things lie, and the work before training: plan and preprocess a dataset, put an experiment together."""
 
 import dataclasses
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,16 +18,18 @@ from pgps_jax.data.decathlon import convert_decathlon, converted_name, is_decath
 from pgps_jax.data.download import TASKS
 from pgps_jax.data.explain import explain
 from pgps_jax.data.fingerprint import Fingerprint, extract_fingerprint
-from pgps_jax.data.folds import cases_of_fold, leaks, read_or_make_folds
+from pgps_jax.data.folds import Fold, cases_of_fold, leaks, make_folds, read_folds, read_or_make_folds
 from pgps_jax.data.identity import identity, refuse_changed
 from pgps_jax.data.label_pairs import left_right_axis, name_pairs
 from pgps_jax.data.nifti import axis_codes
 from pgps_jax.data.plan import Configuration, Plan, read_plan, write_plan
 from pgps_jax.data.planner import Overrides, make_plan
-from pgps_jax.data.preprocess import preprocess_dataset
+from pgps_jax.data.preprocess import keep_references, preprocess_dataset
 from pgps_jax.data.similarity import ranked_cases
 from pgps_jax.data.store import CaseStore
+from pgps_jax.data.stray_cases import stray_cases
 from pgps_jax.errors import InputError
+from pgps_jax.folder_lock import hold_folder
 from pgps_jax.json_file import read_json, write_json
 from pgps_jax.models import limits
 from pgps_jax.train.augment import AugmentPolicy, make_policy
@@ -77,31 +78,55 @@ def plan_dataset(
     dataset_folder: Path, workspace: Path, planner: Planner, say: Callable[[str], None], progress: Callback | None = None,
     workers: int | None = None, overwrite: bool = False, overrides: Overrides = Overrides(), group_by: str | None = None,  # noqa: B008
 ) -> tuple[Dataset, Plan, Path]:
-    """Check a raw dataset and plan it, or read the plan that is there; returns dataset, plan and preprocessed folder."""
+    """Check a raw dataset and plan it, or read the plan that is there; returns dataset, plan and preprocessed folder.
+
+    Raises InputError for faults of the dataset, and for wishes (overrides, group_by) where there is a plan already.
+    """
     folder = preprocessed_folder(dataset_folder, workspace)
     dataset = open_dataset(dataset_folder)
     plans_file = folder / PLANS_FILE[planner]
-    if plans_file.exists() and not overwrite:
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold_folder(folder, lambda: say(f"another process is at work in {folder}; waiting for it")):
+        if not plans_file.exists() or overwrite:
+            return dataset, _new_plan(dataset, folder, planner, say, progress, workers, overrides, group_by), folder
+        if overrides != Overrides() or group_by is not None:
+            raise InputError(f"{plans_file}: the dataset is planned already; add --overwrite to plan it as asked now")
         if read_json(folder / "dataset.json") != dataset.json:
             raise InputError(f"{folder / 'dataset.json'}: differs from {dataset_folder / 'dataset.json'}, so the plan is not for "
                              "this dataset any more; run `plan --overwrite` to plan again, or restore dataset.json")
         return dataset, read_plan(plans_file), folder
+
+
+def _new_plan(
+    dataset: Dataset, folder: Path, planner: Planner, say: Callable[[str], None], progress: Callback | None, workers: int | None,
+    overrides: Overrides, group_by: str | None,
+) -> Plan:
+    folds = _folds(dataset, folder / "splits_final.json", group_by, say)
     say(f"checking {len(dataset.cases)} cases")
     check_dataset(dataset, progress=progress, workers=workers)
     say("measuring the dataset")
     fingerprint = extract_fingerprint(dataset, workers=workers, progress=progress)
     plan = make_plan(dataset, fingerprint, planner, overrides)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "dataset_fingerprint.json", fingerprint.to_json())
     write_json(folder / "dataset.json", dataset.json)
-    given = dataset.folder / "splits_final.json"
-    if given.exists() and not (folder / "splits_final.json").exists():
-        shutil.copyfile(given, folder / "splits_final.json")
-    folds = read_or_make_folds(folder / "splits_final.json", [case.id for case in dataset.cases], group_by=group_by)
-    for sentence in leaks(folds, group_by) if group_by else ():
+    if not (folder / "splits_final.json").exists():
+        write_json(folder / "splits_final.json", folds, indent=4)
+    write_plan(plan, folder / PLANS_FILE[planner])  # last: its existence says that planning is complete
+    return plan
+
+
+def _folds(dataset: Dataset, path: Path, group_by: str | None, say: Callable[[str], None]) -> list[Fold]:
+    """The folds of `path` or else of the dataset's own splits_final.json, or new ones; `say` hears of patients in both parts."""
+    existing = [file for file in (path, dataset.folder / path.name) if file.exists()]
+    ids = [case.id for case in dataset.cases]
+    folds = read_folds(existing[0], ids) if existing else make_folds(ids, group_by=group_by)
+    leaking = leaks(folds, group_by) if group_by else []
+    for sentence in leaking:
         say(f"warning: {sentence}")
-    write_plan(plan, plans_file)  # last: its existence says that planning is complete
-    return dataset, plan, folder
+    if leaking:
+        say(f"these are the folds of {existing[0]}, which --group-by does not change; to have folds that keep patients together, delete "
+            f"{' and '.join(map(str, existing))} and plan again")
+    return folds
 
 
 def explanation(dataset: Dataset, plan: Plan, folder: Path) -> list[str]:
@@ -135,19 +160,20 @@ def configuration_of(
 
 
 def preprocess(
-    dataset: Dataset, plan: Plan, configuration: Configuration, folder: Path, workers: int | None = None, progress: Callback | None = None
+    dataset: Dataset, plan: Plan, configuration: Configuration, folder: Path, workers: int | None = None, progress: Callback | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> CaseStore:
-    """Preprocess every case that is not done yet, and keep copies of the reference labels beside them as nnU-Net does."""
-    references = folder / "gt_segmentations"
-    references.mkdir(parents=True, exist_ok=True)
-    for case in dataset.cases:
-        target = references / f"{case.id}{dataset.file_ending}"
-        if not target.exists():
-            temporary = target.with_name("." + target.name)
-            shutil.copyfile(case.label, temporary)
-            os.replace(temporary, target)
-    preprocess_dataset(dataset, plan, configuration, folder / configuration.data_identifier, workers=workers, progress=progress)
-    return CaseStore(folder / configuration.data_identifier)
+    """Preprocess every case that is not done yet, and keep copies of the reference labels beside them as nnU-Net does.
+
+    `say` hears of waiting for another process, and of preprocessed cases that are not in the dataset or in no fold.
+    """
+    store = CaseStore(folder / configuration.data_identifier)
+    with hold_folder(folder, lambda: say(f"another process is at work in {folder}; waiting for it")):
+        keep_references(dataset, folder / "gt_segmentations")
+        preprocess_dataset(dataset, plan, configuration, store.folder, workers=workers, progress=progress)
+    for sentence in stray_cases(store, [case.id for case in dataset.cases]):
+        say(sentence)
+    return store
 
 
 @dataclass(frozen=True)

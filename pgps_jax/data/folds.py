@@ -108,11 +108,18 @@ def read_folds(path: Path, case_ids: Sequence[str]) -> list[Fold]:
             raise InputError(f"{where} has no cases to {'train on' if not fold['train'] else 'hold out'}")
         unknown = sorted({*fold["train"], *fold["val"]} - set(case_ids))
         if unknown:
-            raise InputError(f"{where} names {len(unknown)} cases that the dataset does not have, such as {unknown[0]}")
+            raise InputError(f"{where} names {len(unknown)} cases that the dataset does not have, such as {unknown[0]}; bring them back, "
+                             "or delete the file, and folds are made again")
         both = sorted(set(fold["train"]) & set(fold["val"]))
         if both:
             raise InputError(f"{where} trains on {len(both)} cases that it holds out, such as {both[0]}")
     return [{"train": list(fold["train"]), "val": list(fold["val"])} for fold in folds]
+
+
+def cases_in_no_fold(folds: Sequence[Fold], case_ids: Sequence[str]) -> list[str]:
+    """Cases that no fold trains on or holds out, in the order given."""
+    named = {case_id for fold in folds for case_id in (*fold["train"], *fold["val"])}
+    return [case_id for case_id in case_ids if case_id not in named]
 
 
 def cases_of_fold(folds: Sequence[Fold], case_ids: Sequence[str], fold: int | str) -> tuple[list[str], list[str]]:

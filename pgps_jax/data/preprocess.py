@@ -157,6 +157,24 @@ def preprocess_dataset(
         )
 
 
+def keep_references(dataset: Dataset, folder: Path) -> None:
+    """Copies of the reference labels in `folder`; a copy whose size or time is not that of its label is made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in dataset.cases:
+        target = folder / f"{case.id}{dataset.file_ending}"
+        if not target.exists() or _size_and_time(target) != _size_and_time(case.label):
+            temporary = target.with_name(f".{os.getpid()}.{target.name}")
+            try:
+                shutil.copy2(case.label, temporary)  # with its time
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, path.stat().st_mtime_ns
+
+
 def check_disk_space(folder: Path, cases: list[Case], plan: Plan, configuration: Configuration) -> None:
     """Refuse to start when the cases, compressed, will hardly fit on the folder's disk; reads headers only."""
     needed = 0
