@@ -77,8 +77,11 @@ def child(mark: Path, arguments: list[str], log: Path) -> None:
                 begin(then or PHASES[before])
         return wrapper
 
-    loop.enter_stage = marked(loop.enter_stage, lambda run, log, programs, step, starts: "stage border" if step in starts and step
-                              else "starting", then="step")
+    def border(_session, run, step):
+        changes = step and run.schedule.stage_of_step[step] != run.schedule.stage_of_step[step - 1]
+        return "stage border" if changes else "starting"
+
+    loop.enter_stage = marked(loop.enter_stage, border, then="step")
     loop.save = marked(loop.save, lambda *_: "checkpoint")
     loop.put = marked(loop.put, lambda *_: "step")  # once per step
     loop.OnlineValidation.__call__ = marked(loop.OnlineValidation.__call__, lambda *_: "validation")

@@ -53,7 +53,7 @@ from pgps_jax.report.doctor_page import write_doctor_report
 from pgps_jax.report.environment import differences, environment
 from pgps_jax.report.progress import CaseProgress
 from pgps_jax.report.reproduce import command_line
-from pgps_jax.report.run_log import complain, console, say
+from pgps_jax.report.run_log import Spoken, complain, console, say
 from pgps_jax.report.schedule import plot_schedule, schedule_table, stage_rows, voxel_share
 from pgps_jax.train.device import choose_platform, warnings
 from pgps_jax.train.loop import Stopped, train
@@ -123,20 +123,19 @@ def run_training(config: RunConfig) -> dict:
     if workspace.run_folder(config).is_dir():
         with only_process(workspace.run_folder(config)):
             pass  # only asked here, before long work
-    experiment = workspace.open_experiment(config, say)
+    spoken = Spoken()
+    experiment = workspace.open_experiment(config, spoken.say)
     start = prepare_start(experiment)
     if not workspace.goes_on(config):
-        experiment = sized(experiment, say)
+        experiment = sized(experiment, spoken.say)
     workspace.write_run_folder(experiment, environment())
     if start:
         write_start(experiment, start)
-        say(f"weights of {start.source}: {start.report}")
+        spoken.say(f"weights of {start.source}: {start.report}")
     if note := workspace.note_on_sides(experiment):
-        say(note)
-    rows = stage_rows(experiment.schedule, experiment.configuration.patch_size, experiment.configuration.batch_size)
-    console.print(schedule_table(rows, f"{config.curriculum.mode}, {experiment.num_steps} steps"))
+        spoken.say(note)
     with only_process(experiment.folder):
-        train(experiment)
+        train(experiment, spoken.lines)
         with CaseProgress("validation") as progress:
             summary = validate(experiment, progress)
     console.print(dice_table(summary, experiment.labels))

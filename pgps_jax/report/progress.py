@@ -1,6 +1,9 @@
-"""progress.png: how a run went, on one page, and the bar that is seen while it goes."""
+"""progress.png: how a run went, on one page, and the bar or the lines that are seen while it goes."""
 
+import math
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pgps_jax.report.run_log import console
+from pgps_jax.report.run_log import complain, console
+
+SECONDS_BETWEEN_LINES = 60.0  # where the output is no terminal
 
 
-def progress_bar() -> Progress:
+def _bar() -> Progress:
     """Bar with a free text field `note`; silent where the output is no terminal, so that logs stay readable."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -22,11 +27,16 @@ def progress_bar() -> Progress:
 
 
 class CaseProgress:
-    """A bar over cases as the callback `progress(done, total)` that data-side functions take."""
+    """How far a long work is, as the callback `progress(done, total)` that data-side functions take.
+
+    A bar on a terminal; elsewhere, as in the log of a batch job, a plain line at most once a minute on the error stream.
+    """
 
     def __init__(self, what: str):
-        self._bar = progress_bar()
+        self._what, self._bar = what, _bar()
         self._task = self._bar.add_task(what, total=None, note="")
+        self._first: tuple[int, float] | None = None  # how much was done at the first call, and when that was
+        self._told = time.monotonic()
 
     def __enter__(self) -> "CaseProgress":
         self._bar.start()
@@ -35,8 +45,31 @@ class CaseProgress:
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
-    def __call__(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
+    def __call__(self, done: int, total: int, note: str = "", seconds_left: Callable[[], float] | None = None) -> None:
+        """Tell that `done` of `total` is done; `seconds_left` knows better than the pace so far what the rest will take."""
+        self._bar.update(self._task, completed=done, total=total, note=note)
+        now = time.monotonic()
+        self._first = self._first or (done, now)
+        if self._bar.disable and now - self._told >= SECONDS_BETWEEN_LINES:
+            self._told = now
+            left = seconds_left() if seconds_left else self._at_this_pace(done, total, now)
+            complain(f"{self._what}: {done} of {total}, {duration(left)} left" + (f"  ({note})" if note else ""))
+
+    def _at_this_pace(self, done: int, total: int, now: float) -> float:
+        """Seconds that the rest takes when it goes on as until now; NaN as long as nothing can be told."""
+        before, began = self._first
+        return (now - began) / (done - before) * (total - done) if done > before else math.nan
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words for people: 45 s, 12 min, 3.5 h, 12 days."""
+    if math.isnan(seconds):
+        return "an unknown time"
+    for limit, size, unit in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            value = seconds / size
+            return f"{value:.0f} {unit}" if value >= 10 or unit == "s" else f"{value:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"
 
 
 def plot_progress(records: list[dict], path: Path, patch_volume_of_step: np.ndarray, batch_size_of_step: np.ndarray) -> None:

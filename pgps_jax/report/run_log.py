@@ -8,18 +8,59 @@ A file that cannot be written for a while, because a disk is full or a network f
 be written waits in memory.
 """
 
+import errno
+import io
 import json
 import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
-
-console = Console(stderr=False, highlight=False, soft_wrap=True)
+from rich.table import Table
 
 SECONDS_BETWEEN_WRITES = 2.0  # of step records, for those who watch a run
+LOG_COLUMNS = 160  # of tables in train.log
+
+
+class Output(io.TextIOBase):
+    """Standard output, as long as there is somebody to read it: a closed terminal or a broken pipe stops no training."""
+
+    @property
+    def _stream(self) -> io.TextIOBase:
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # rich stands in its place while a bar is shown
+
+    @property
+    def encoding(self) -> str:
+        """Of the stream behind it."""
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        """Whether a terminal is behind it."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Of the stream behind it."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write, or forget what nobody would read."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush; what cannot be written now is said to nobody, and nothing is from then on when the reader is gone."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # or Python tries it again at its end, and fails
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
+console = Console(file=Output(), highlight=False, soft_wrap=True)
 
 
 def read_records(path: Path) -> list[dict]:
@@ -121,10 +162,22 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line for people, on the console and with the time in train.log; a warning is an event too."""
         console.print(text, markup=False)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """One line for train.log alone, as it has been said already; a warning is an event too."""
         self._text.add(time.strftime("%Y-%m-%d %H:%M:%S  ") + text)
         self._text.write()
         if text.startswith("warning: "):
             self.event("warning", text=text.removeprefix("warning: "))
+
+    def show(self, table: Table) -> None:
+        """A table for people, on the console and in train.log."""
+        console.print(table)
+        plain = Console(file=io.StringIO(), width=LOG_COLUMNS)
+        plain.print(table)
+        self._text.add(plain.file.getvalue().rstrip("\n"))
+        self._text.write()
 
     def stalled(self, text: str) -> None:
         """Say that reading stands still, which is an event too."""
@@ -152,6 +205,19 @@ def say(text: str) -> None:
     console.print(text, markup=False)
 
 
+class Spoken:
+    """Says lines where there is no run to log them to yet, and keeps them for its log."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        say(text)
+        self.lines.append(text)
+
+
 def complain(text: str) -> None:
-    """One line on the error stream."""
-    print(text, file=sys.stderr)
+    """One line on the error stream, if somebody reads it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)

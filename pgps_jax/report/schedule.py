@@ -25,10 +25,12 @@ def stage_rows(
     """One JSON-able row per stage in use.
 
     `patch_size` and `batch_size` are the planned ones, with which constant-patch training takes every step; `share` is
-    the voxels of a stage's step over theirs. `memory_bytes` is what the stage's program needs on the device, None where
-    `memory` does not tell.
+    the voxels of a stage's step over theirs. `cases` are the fewest and the most cases that its steps draw from.
+    `memory_bytes` is what the stage will need on each device (`train.forecast`),
+    None where `memory` does not tell.
     """
     steps = np.bincount(schedule.stage_of_step, minlength=len(schedule.stages))
+    pools = [schedule.case_pool_of_step[schedule.stage_of_step == stage.index] for stage in schedule.stages]
     return [
         {
             "stage": stage.index,
@@ -39,9 +41,10 @@ def stage_rows(
             "steps": int(n),
             "voxels_per_step": stage.voxels,
             "share": stage.voxels / (batch_size * math.prod(patch_size)),
+            "cases": [int(pool.min()), int(pool.max())],
             "memory_bytes": (memory or {}).get(stage),
         }
-        for stage, n in zip(schedule.stages, steps, strict=True) if n
+        for stage, n, pool in zip(schedule.stages, steps, pools, strict=True) if n
     ]
 
 
@@ -51,17 +54,20 @@ def voxel_share(rows: list[dict[str, Any]]) -> float:
 
 
 def schedule_table(rows: list[dict[str, Any]], title: str = "") -> Table:
-    """The stage table for the terminal; the memory column is left out where nothing is known."""
+    """The stage table for the terminal; without memory where nothing is known of it, without cases where all are in use throughout."""
     caption = f"{voxel_share(rows):.3f} of the voxels of constant-patch training with as many steps"
     table = Table(title=title or None, caption=caption)
     with_memory = any(row["memory_bytes"] is not None for row in rows)
+    with_cases = len({number for row in rows for number in row["cases"]}) > 1
     headings = ["stage", "patch (d x h x w)", "batch", "first step", "steps", "voxels/step", "share"]
-    for heading in [*headings, "memory"] if with_memory else headings:
+    for heading in [*headings, *["cases"] * with_cases, *["memory (forecast)"] * with_memory]:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         parts = f" ({row['parts']} parts)" if row["parts"] > 1 else ""
         cells = [str(row["stage"]), " x ".join(map(str, row["patch_size"])), f"{row['batch_size']:,}{parts}",
                  f"{row['first_step']:,}", f"{row['steps']:,}", f"{row['voxels_per_step']:,}", f"{row['share']:.3f}"]
+        if with_cases:
+            cells.append(" to ".join(map(str, dict.fromkeys(row["cases"]))))
         if with_memory:
             size = row["memory_bytes"]
             cells.append("" if size is None else f"{size / 2**20:,.0f} MiB")

@@ -8,20 +8,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pgps_jax.curriculum import Stage
-from pgps_jax.data.pipeline import read_ahead
 from pgps_jax.errors import InputError
 from pgps_jax.host_memory import gib, host_bytes_left
 from pgps_jax.train.device import Device
+from pgps_jax.train.health import memory_errors_of
 from pgps_jax.train.memory import device_budget
 from pgps_jax.train.programs import StagePrograms
-from pgps_jax.train.setup import stage_batch
-from pgps_jax.train.sizing import PREFETCHED_BATCHES
+from pgps_jax.train.sizing import host_bytes, waiting_bytes
 from pgps_jax.train.state import TrainState, state_bytes
 from pgps_jax.workspace import Experiment
 
 TENSORS = 96  # of the first features at full resolution: twice what the programs of U-Nets were seen to need
 STATES = 4  # parameters, momentum, gradients, a copy for the checkpoint: each half a state, generously counted whole
-LOADER_PROCESS = 300 * 2**20  # bytes of a Python process with NumPy and grain
 
 
 class Forecast(NamedTuple):
@@ -39,32 +37,34 @@ def forecast(run: Experiment, device: Device, state: TrainState, programs: Stage
     Args:
         free_device, free_host: bytes to be had; what the machine has when not given. CPU devices take theirs from the host.
 
-    Raises InputError when the machine has too little memory, saying what to change.
+    Raises InputError when the machine has too little memory, saying what to change; StageTooLarge when already the compiler
+    runs out of it.
     """
-    free_device = device_budget(1.0) if free_device is None else free_device
-    free_host = host_bytes_left() if free_host is None else free_host
-    fixed, generous = STATES * state_bytes(state), _generous(run, device)
+    held = state_bytes(state)  # in use already, and counted with a program's arguments
+    free_device = device_budget(1.0) + held if free_device is None else free_device
+    free_host = host_bytes_left() + (held if device.platform == "cpu" else 0) if free_host is None else free_host
+    fixed, generous = STATES * held, _generous(run, device)
     largest = max(run.schedule.stages, key=lambda stage: stage.voxels / stage.parts)
     needed, source = fixed + generous(largest), "at most "
     if needed > min(free_device, free_host if device.platform == "cpu" else free_device):
-        programs.get(largest)
-        needed, source = programs.timing(largest).program_bytes + _waiting(run, device, largest), ""
+        with memory_errors_of(largest):
+            needed, source = programs.timing(largest).program_bytes + waiting_bytes(run, device, largest), ""
     share = max(needed - fixed, 0) / max(generous(largest), 1)
     stages = []
     for stage in run.schedule.stages:
         on_device = int(needed if stage == largest else min(fixed, needed) + share * generous(stage))
-        stages.append(Forecast(stage, on_device, _host(run, device, state, stage) + (on_device if device.platform == "cpu" else 0)))
+        stages.append(Forecast(stage, on_device, host_bytes(run, device, held, stage) + (on_device if device.platform == "cpu" else 0)))
     host = max(one.host_bytes for one in stages)
     say(f"memory: stage {largest.index} ({largest}) needs {source}{gib(needed)} of {gib(free_device)} free on each {device.platform} "
         f"device; the host {gib(host)} of {gib(free_host)}")
     if needed > free_device and device.platform != "cpu":
-        raise InputError(f"stage {largest.index} ({largest}) needs {gib(needed)} on each device, and {gib(free_device)} are free; compute "
-                         "batches in parts (--accumulate auto), use fewer features (--network.base-features), a smaller --batch-size, "
-                         "--network.remat, or more devices")
+        raise InputError(f"stage {largest.index} ({largest}) needs {gib(needed)} on each device, and {gib(free_device)} are free; use "
+                         "more devices, or start over with less: --fresh --accumulate auto computes batches in parts, and --fresh goes "
+                         "with --network.remat, fewer --network.base-features or a smaller --batch-size as well")
     if host > free_host:
         raise InputError(f"training needs {gib(host)} of memory in stage {max(stages, key=lambda s: s.host_bytes).stage.index}, and "
                          f"{gib(free_host)} are free; keep fewer cases in memory (--cache-gb 0), use fewer --loader-processes or "
-                         "--threads, a smaller --batch-size or --network.base-features, or end other programs")
+                         "--threads, end other programs, or start over with --fresh and a smaller --batch-size or --network.base-features")
     return stages
 
 
@@ -72,21 +72,4 @@ def _generous(run: Experiment, device: Device) -> Callable[[Stage], float]:
     """Bytes of activations and batches per device, with a wide margin."""
     features = run.configuration.architecture.first_features
     item = 4 if device.platform == "cpu" else 2
-    return lambda stage: TENSORS * features * item * stage.voxels / stage.parts / device.count + _waiting(run, device, stage)
-
-
-def _waiting(run: Experiment, device: Device, stage: Stage) -> int:
-    """Bytes of the batches that wait on each device."""
-    return PREFETCHED_BATCHES * _batch(run, device, stage) // device.count
-
-
-def _batch(run: Experiment, device: Device, stage: Stage) -> int:
-    return sum(array.size * array.dtype.itemsize for array in stage_batch(run, device, stage))
-
-
-def _host(run: Experiment, device: Device, state: TrainState, stage: Stage) -> int:
-    """Bytes on the host: batches read ahead, cases kept, loader processes, and the state while a checkpoint is written."""
-    config, batch = run.config, _batch(run, device, stage)
-    processes = max(config.loader_processes, 1)
-    ahead = (read_ahead(batch, config.threads) + config.threads) * batch * processes
-    return int(ahead + 1e9 * config.cache_gb + LOADER_PROCESS * config.loader_processes + 2 * state_bytes(state))
+    return lambda stage: TENSORS * features * item * stage.voxels / stage.parts / device.count + waiting_bytes(run, device, stage)

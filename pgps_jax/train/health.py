@@ -1,17 +1,42 @@
-"""When training goes wrong: losses that are not finite, and pseudo-Dice that stays at or falls back to nothing."""
+"""When training goes wrong: too little memory, losses that are not finite, pseudo-Dice that stays at or falls back to nothing."""
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from pgps_jax.curriculum import Stage
 from pgps_jax.data.pipeline import PatchBatch
 from pgps_jax.errors import InputError, brief
 from pgps_jax.json_file import read_json
+from pgps_jax.train.memory import is_out_of_memory
 
 MOST_SKIPPED = 3  # batches that a run may skip; more means that it is not the data
 BACKGROUND_EPOCHS = 10  # without a single foreground voxel right, before that is worth a word
+
+
+class StageTooLarge(Exception):
+    """The device ran out of memory in a stage."""
+
+    def __init__(self, stage: Stage):
+        super().__init__(str(stage))
+        self.stage = stage
+
+
+@contextmanager
+def memory_errors_of(stage: Stage) -> Iterator[None]:
+    """Turn whatever says that the device is out of memory into StageTooLarge; nested, the innermost one names the stage."""
+    try:
+        yield
+    except StageTooLarge:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise StageTooLarge(stage) from error
+        raise
 
 
 class NotFinite(Exception):

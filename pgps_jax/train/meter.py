@@ -2,13 +2,15 @@
 
 import math
 import time
+from collections import Counter
 
 import numpy as np
 
 from pgps_jax.curriculum import Schedule, Stage
 from pgps_jax.host_memory import peak_bytes
+from pgps_jax.report.progress import duration
 from pgps_jax.report.run_log import RunLog
-from pgps_jax.train.health import NotFinite
+from pgps_jax.train.health import NotFinite, memory_errors_of
 from pgps_jax.train.step import StepMetrics, ValidationCounts
 
 EMA_KEEP = 0.9  # nnU-Net's moving average of the pseudo-Dice: 0.9 old + 0.1 new
@@ -23,8 +25,8 @@ class Meter:
         self._schedule = schedule
         self._pending: tuple[int, StepMetrics, float] | None = None
         self._mark = time.perf_counter()
-        self._stage: int | None = None
-        self.steps_in_stage = 0
+        self._taken: Counter[int] = Counter()  # steps by stage
+        self.steps_in_stage = 0  # that this meter has seen of the newest step's stage
         self.latest = ""
 
     def note(self, step: int, metrics: StepMetrics, waited: float) -> None:
@@ -32,22 +34,24 @@ class Meter:
         self.settle()
         self._pending = (step, metrics, waited)
         stage = int(self._schedule.stage_of_step[step])
-        self.steps_in_stage = self.steps_in_stage + 1 if stage == self._stage else 1
-        self._stage = stage
+        self._taken[stage] += 1
+        self.steps_in_stage = self._taken[stage]
 
     def settle(self) -> None:
         """Wait for the metrics of the last noted step and record them.
 
         Raises NotFinite when loss or gradient are not: before any checkpoint that would hold their update is written.
+        Raises StageTooLarge, naming the stage of that step, when the device ran out of memory in it.
         """
         if self._pending is None:
             return
         step, metrics, waited = self._pending
-        self._pending = None
-        loss, norm = float(metrics.loss), float(metrics.gradient_norm)
+        self._pending, stage = None, self._schedule.stage_at(step)
+        with memory_errors_of(stage):
+            loss, norm = float(metrics.loss), float(metrics.gradient_norm)
         now = time.perf_counter()
-        self._log.record("step", step, stage=int(self._schedule.stage_of_step[step]), loss=_finite(loss),
-                         gradient_norm=_finite(norm), seconds=round(now - self._mark, 5), input_wait=round(waited, 5))
+        self._log.record("step", step, stage=stage.index, loss=_finite(loss), gradient_norm=_finite(norm),
+                         seconds=round(now - self._mark, 5), input_wait=round(waited, 5))
         self.latest = f"loss {loss:.3f}  {now - self._mark:.2f} s/step  input wait {100 * waited / max(now - self._mark, 1e-9):.0f} %"
         self._mark = now
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -96,8 +100,17 @@ class Meter:
         kinds = {"step": "seconds", "epoch": "validation_seconds", "stage": "stall_seconds"}
         return sum(r[kinds[r["kind"]]] for r in self._log.records if r["kind"] in kinds)
 
+    def seconds_per_validation(self) -> float | None:
+        """Seconds that the validation of an epoch takes; None until two were measured, because the first one compiles too."""
+        taken = [record["validation_seconds"] for record in self._log.of_kind("epoch")]
+        return min(taken) if len(taken) > 1 else None
+
     def seconds_per_step(self, stage: Stage) -> float:
-        """Median over a stage's last steps; a stage not seen yet lies on the line through the two largest stages seen."""
+        """Median over a stage's last steps.
+
+        A stage not seen yet lies on the line by voxels through the two stages seen that are nearest to it, but never below the
+        nearest one scaled by voxels if it is smaller than that. With only one seen, it costs as much per voxel.
+        """
         seen: dict[int, list[float]] = {}
         for record in self._log.of_kind("step"):
             seen.setdefault(record["stage"], []).append(record["seconds"])
@@ -106,11 +119,13 @@ class Meter:
         median = {self._schedule.stages[index]: float(np.median(taken[-50:])) for index, taken in seen.items()}
         if stage in median:
             return median[stage]
-        *_, smaller, larger = [None, *sorted(median, key=lambda s: s.voxels)]
-        if smaller is None or smaller.voxels == larger.voxels or median[larger] <= median[smaller]:
-            return median[larger] * stage.voxels / larger.voxels
-        slope = (median[larger] - median[smaller]) / (larger.voxels - smaller.voxels)
-        return max(median[larger] + slope * (stage.voxels - larger.voxels), min(median.values()))
+        nearest, *others = sorted(median, key=lambda s: abs(s.voxels - stage.voxels))
+        proportional = median[nearest] * stage.voxels / nearest.voxels
+        if not others or others[0].voxels == nearest.voxels:
+            return proportional
+        slope = (median[others[0]] - median[nearest]) / (others[0].voxels - nearest.voxels)
+        line = median[nearest] + slope * (stage.voxels - nearest.voxels)
+        return proportional if slope <= 0 else max(line, min(proportional, median[nearest]))
 
     def best_ema(self) -> float:
         """Highest moving average of the pseudo-Dice so far; -1 before the first epoch."""
@@ -124,27 +139,19 @@ class Meter:
     def forecast(self, step: int) -> str:
         """Seconds per step of the running stage and the time that the rest of the run will take on this machine.
 
-        A stage not seen yet is taken to cost what `seconds_per_step` tells; with only one stage seen that is an
-        upper limit, because every step has a part that does not grow with the patch.
+        With only one stage seen that is an upper limit, because every step has a part that does not grow with the patch.
         """
-        stage = self._schedule.stage_at(step)
-        per_step = self.seconds_per_step(stage)
+        per_step = self.seconds_per_step(self._schedule.stage_at(step))
+        seen, coming = {r["stage"] for r in self._log.of_kind("step")}, np.unique(self._schedule.stage_of_step[step + 1:])
+        limit = "at most" if len(seen) == 1 and len(coming) > 1 else "about"
+        return f"{per_step:.3g} s per step; {limit} {duration(self.seconds_left(step))} of training are left on this machine"
+
+    def seconds_left(self, step: int) -> float:
+        """Seconds that the steps after this one will take by `seconds_per_step`; NaN before the first record of a step."""
+        if not self._log.of_kind("step"):
+            return math.nan
         counts = np.bincount(self._schedule.stage_of_step[step + 1:], minlength=len(self._schedule.stages))
-        left = sum(n * self.seconds_per_step(s) for n, s in zip(counts, self._schedule.stages, strict=True) if n)
-        seen = {r["stage"] for r in self._log.of_kind("step")}
-        limit = "at most" if len(seen) == 1 and np.count_nonzero(counts) > 1 else "about"
-        return f"{per_step:.3g} s per step; {limit} {duration(left)} of training are left on this machine"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words for people: 45 s, 12 min, 3.5 h, 12 days."""
-    if math.isnan(seconds):
-        return "an unknown time"
-    for limit, size, unit in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
-        if seconds < limit:
-            value = seconds / size
-            return f"{value:.0f} {unit}" if value >= 10 or unit == "s" else f"{value:.1f} {unit}"
-    return f"{seconds / 86400:.1f} days"
+        return float(sum(n * self.seconds_per_step(s) for n, s in zip(counts, self._schedule.stages, strict=True) if n))
 
 
 def _finite(value: float) -> float | None:

@@ -1,5 +1,6 @@
 """Pseudo-Dice on validation patches at the end of an epoch: one compiled program at the planned patch, for every mode."""
 
+import math
 import time
 
 import jax
@@ -10,45 +11,61 @@ from pgps_jax.curriculum import Stage
 from pgps_jax.data.pipeline import validation_source
 from pgps_jax.report.run_log import RunLog
 from pgps_jax.train.device import Device, abstract_batch, put
-from pgps_jax.train.health import concern
+from pgps_jax.train.health import concern, memory_errors_of
 from pgps_jax.train.meter import Meter
 from pgps_jax.train.setup import program_options
 from pgps_jax.train.state import abstract
-from pgps_jax.train.step import make_validation_step
+from pgps_jax.train.step import ValidationCounts, make_validation_step
 from pgps_jax.workspace import Experiment
 
 
 class OnlineValidation:
-    """Call it at the end of an epoch; it records the epoch and tells whether its moving average is the best so far."""
+    """Call it at the end of an epoch; it records the epoch and tells whether its moving average is the best so far.
+
+    Batches are the planned ones, unless training has to take smaller ones, or parts of them, of the planned patch: make
+    another one when that changes. When memory does not suffice here, it is that stage which is too large (StageTooLarge).
+    """
 
     def __init__(self, run: Experiment, device: Device, graphdef: nnx.GraphDef):
-        self._device = device
-        stage = Stage(0, run.configuration.patch_size, run.configuration.batch_size)
+        self._device, self._trained = device, max(run.schedule.stages, key=lambda stage: math.prod(stage.patch_size))
+        stage = validation_stage(self._trained, run.configuration.batch_size, device.count)
         self._source = validation_source(
             run.store, run.validation_ids, stage, run.config.sampling, seed=run.config.seed,
             num_batches=run.config.epochs * run.config.validation_steps, image_dtype=device.transport, label_dtype=run.label_dtype)
         self._batch = abstract_batch(device, stage.batch_size, stage.patch_size, run.channels, run.label_dtype)
-        alike = [s.parts for s in run.schedule.stages if (s.patch_size, s.batch_size) == (stage.patch_size, stage.batch_size)]
-        self._step = jax.jit(make_validation_step(graphdef, run.labels, run.configuration.batch_dice, max(alike, default=1)))
+        self._step = jax.jit(make_validation_step(graphdef, run.labels, run.configuration.batch_dice, stage.parts))
         self._program: jax.stages.Compiled | None = None
 
     def __call__(self, run: Experiment, params: PyTree, meter: Meter, log: RunLog, done: int) -> bool:
         """Validate after `done` steps."""
         began, per_epoch = time.perf_counter(), run.config.steps_per_epoch
-        if self._program is None:
-            lowered = self._step.lower(abstract(params, self._device.whole), self._batch)
-            self._program = lowered.compile(program_options(run, self._device))
-        best_before = meter.best_ema()
         epoch = (done - 1) // per_epoch
-        steps = run.config.validation_steps
-        batches = (self._source.batch_of_step(epoch * steps + i) for i in range(steps))  # read while the one before computes
-        counts = [self._program(params, put(batch, self._device)) for batch in batches]
+        with memory_errors_of(self._trained):
+            counts = self._counts(run, params, epoch)
+        best_before = meter.best_ema()
         record = meter.epoch(epoch, epoch * per_epoch, done - 1, float(run.learning_rates[done - 1]),
-                             jax.device_get(counts), time.perf_counter() - began)
+                             counts, time.perf_counter() - began)
         log.say(_line(record, run))
         if worry := concern(log.of_kind("epoch")):
             log.say(worry)
         return (record["pseudo_dice_ema"] or 0) > best_before
+
+    def _counts(self, run: Experiment, params: PyTree, epoch: int) -> list[ValidationCounts]:
+        """Of each validation batch of an epoch."""
+        if self._program is None:
+            lowered = self._step.lower(abstract(params, self._device.whole), self._batch)
+            self._program = lowered.compile(program_options(run, self._device))
+        steps = run.config.validation_steps
+        batches = (self._source.batch_of_step(epoch * steps + i) for i in range(steps))  # read while the one before computes
+        return jax.device_get([self._program(params, put(batch, self._device)) for batch in batches])
+
+
+def validation_stage(trained: Stage, planned_batch: int, devices: int) -> Stage:
+    """Patch, batch and parts of validation, from the stage that trains the planned patch: the planned batch, or as much of it as
+    that stage takes and the devices can share."""
+    if trained.batch_size <= planned_batch:
+        return Stage(0, trained.patch_size, trained.batch_size, trained.parts)
+    return Stage(0, trained.patch_size, max(planned_batch // devices, 1) * devices)
 
 
 def _line(record: dict, run: Experiment) -> str:
@@ -58,5 +75,6 @@ def _line(record: dict, run: Experiment) -> str:
                      for value, d in zip(run.labels.foreground, record["pseudo_dice"], strict=True))
     wait = 100 * record["input_wait_seconds"] / max(record["seconds"], 1e-9)
     loss = "not finite" if record["train_loss"] is None else f"{record['train_loss']:.3f}"
-    return (f"epoch {record['epoch'] + 1} of {run.config.epochs}: loss {loss}, pseudo-Dice {dice}, "
+    epochs = math.ceil(run.num_steps / run.config.steps_per_epoch)  # a time budget makes them fewer than asked for
+    return (f"epoch {record['epoch'] + 1} of {epochs}: loss {loss}, pseudo-Dice {dice}, "
             f"{record['seconds']:.1f} s, input wait {wait:.0f} %")

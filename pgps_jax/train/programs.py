@@ -9,13 +9,14 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from pgps_jax.curriculum import Schedule, Stage, parts_at_least
 from pgps_jax.train.memory import program_bytes
@@ -25,7 +26,7 @@ CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 class ProgramTiming(NamedTuple):
     """What a stage's program cost: seconds of tracing and compiling, whether XLA's work came from the persistent cache,
-    seconds that training stood still for it, and the device memory that it needs."""
+    seconds that training stood still for it, the device memory that it needs, and seconds of its first step, when that is done."""
 
     stage: Stage
     trace_seconds: float
@@ -33,6 +34,7 @@ class ProgramTiming(NamedTuple):
     cached: bool
     stall_seconds: float
     program_bytes: int
+    first_step_seconds: float | None = None
 
     def record(self) -> dict[str, Any]:
         """JSON-able record for the log."""
@@ -41,8 +43,9 @@ class ProgramTiming(NamedTuple):
 
     def __str__(self) -> str:
         source = "from the cache" if self.cached else "compiled"
+        first = "" if self.first_step_seconds is None else f", first step {self.first_step_seconds:.2f} s"
         return (f"stage {self.stage.index} ({self.stage}): traced {self.trace_seconds:.2f} s, {source} "
-                f"{self.compile_seconds:.2f} s, training waited {self.stall_seconds:.2f} s")
+                f"{self.compile_seconds:.2f} s, training waited {self.stall_seconds:.2f} s{first}")
 
 
 class ProgramError(RuntimeError):
@@ -69,7 +72,6 @@ class StagePrograms:
         self._options = compiler_options or None
         self._threads = ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="compile")
         self._programs: dict[Stage, Future] = {}
-        self._timings: dict[Stage, ProgramTiming] = {}
         self._cache_hits = threading.local()
         self.compilations: Counter[Stage] = Counter()
         jax.monitoring.register_event_listener(self._listen)
@@ -80,38 +82,33 @@ class StagePrograms:
         Raises ProgramError naming the stage if it cannot be made; asking again tries again.
         """
         future = self._start(stage)
-        begin = time.perf_counter()
         try:
-            compiled, timing = future.result()
+            return future.result()[0]
         except Exception as error:
             self.drop(stage)
             raise ProgramError(f"stage {stage.index} ({stage}): its program could not be made: {error}") from error
-        waited = time.perf_counter() - begin
-        before = self._timings.get(stage, timing)
-        self._timings[stage] = before._replace(stall_seconds=before.stall_seconds + waited)
-        return compiled
 
-    def prefetch(self, stage: Stage) -> None:
-        """Start making a stage's program in the background, unless that has been done."""
-        self._start(stage)
+    def timing(self, stage: Stage) -> ProgramTiming:
+        """What the program of a stage cost; waits for it, and tells the seconds waited just now as its stall. Raises as `get`."""
+        begin = time.perf_counter()
+        self.get(stage)
+        _, timing = self._start(stage).result()
+        return timing._replace(stall_seconds=time.perf_counter() - begin)
 
-    def prefetch_all(self, stages: Iterable[Stage]) -> None:
-        """Start making many programs side by side: random patch sizes need them all from the first steps on."""
+    def prefetch(self, *stages: Stage) -> None:
+        """Start making the programs of stages in the background, in this order, unless that has been done."""
         for stage in stages:
             self._start(stage)
 
+    def keep(self, stages: Collection[Stage]) -> None:
+        """Let go of all programs but those of these stages."""
+        for stage in set(self._programs) - set(stages):
+            self.drop(stage)
+
     def drop(self, stage: Stage) -> None:
-        """Let go of a program that is not needed any more; its timing stays."""
-        self._programs.pop(stage, None)
-
-    def timing(self, stage: Stage) -> ProgramTiming:
-        """What the program of a stage cost; known from its first `get` on."""
-        return self._timings[stage]
-
-    @property
-    def timings(self) -> list[ProgramTiming]:
-        """Of all stages that were asked for, in that order."""
-        return list(self._timings.values())
+        """Let go of a program that is not needed any more; when its turn has not come yet, it is not made."""
+        if future := self._programs.pop(stage, None):
+            future.cancel()
 
     def close(self) -> None:
         """Forget all programs; what is being compiled is finished, what waits for its turn is not begun."""
@@ -144,6 +141,12 @@ class StagePrograms:
     def _listen(self, event: str, **_) -> None:
         if event == CACHE_HIT:  # jax reports in the thread that compiles
             self._cache_hits.count = getattr(self._cache_hits, "count", 0) + 1
+
+
+def stages_from(schedule: Schedule, step: int) -> list[Stage]:
+    """Stages of a step and of those after it, in the order of their first use."""
+    indices, first = np.unique(schedule.stage_of_step[step:], return_index=True)
+    return [schedule.stages[i] for i in indices[np.argsort(first)]]
 
 
 def halve_batch(schedule: Schedule, stage_index: int, multiple_of: int = 1) -> Schedule:

@@ -1,38 +1,14 @@
 """What the loop does after a step failed: which run and which state to go on with."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from pgps_jax.curriculum import Stage
 from pgps_jax.errors import InputError
 from pgps_jax.report.run_log import RunLog
 from pgps_jax.train.checkpoint import Checkpoints
 from pgps_jax.train.device import Device
-from pgps_jax.train.health import SkippedSteps, keep_batch
-from pgps_jax.train.memory import is_out_of_memory
+from pgps_jax.train.health import SkippedSteps, StageTooLarge, keep_batch
 from pgps_jax.train.programs import halve_batch, more_parts
 from pgps_jax.train.setup import initial_state, training_source
 from pgps_jax.train.state import TrainState, abstract
 from pgps_jax.workspace import Experiment, store_schedule, with_schedule
-
-
-class StageTooLarge(Exception):
-    """The device ran out of memory in a stage."""
-
-    def __init__(self, stage: Stage):
-        super().__init__(str(stage))
-        self.stage = stage
-
-
-@contextmanager
-def memory_errors_of(stage: Stage) -> Iterator[None]:
-    """Turn whatever says that the device is out of memory into StageTooLarge."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise StageTooLarge(stage) from error
-        raise
 
 
 def last_good(run: Experiment, device: Device, state: TrainState, checkpoints: Checkpoints, log: RunLog) -> TrainState:
@@ -65,6 +41,6 @@ def with_smaller_batch(run: Experiment, error: StageTooLarge, device: Device, lo
                          "use fewer features (--network.base-features) or a device with more memory") from no_smaller
     store_schedule(run)
     smaller = run.schedule.stages[error.stage.index]
-    log.say(f"out of memory in stage {error.stage.index} ({error.stage}); going on from the last checkpoint with {smaller}")
-    log.event("halved", stage=error.stage.index, batch_size=smaller.batch_size)
+    log.say(f"out of memory in stage {error.stage.index} ({error.stage}); going on with {smaller}")
+    log.event("halved", stage=error.stage.index, batch_size=smaller.batch_size, parts=smaller.parts)
     return run

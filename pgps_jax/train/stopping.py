@@ -1,10 +1,10 @@
-"""Asking a run to stop: Ctrl-C, SIGTERM, SIGUSR1 (SLURM's warning) or a file STOP in the run folder."""
+"""Asking a run to stop: Ctrl-C, SIGTERM, SIGUSR1 (SLURM's warning), SIGHUP (the terminal is gone) or a file STOP in the run folder."""
 
 import signal
 import threading
 from pathlib import Path
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 class StopRequest:
@@ -21,8 +21,9 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             return self  # Python delivers signals to the main thread only; the file still works
         for name in SIGNALS:
-            number = getattr(signal, name, None)  # SIGUSR1 does not exist on Windows
-            if number is not None:
+            number = getattr(signal, name, None)  # Windows has the first two only
+            under_nohup = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+            if number is not None and not under_nohup:
                 self._before[number] = signal.signal(number, self._wish)
         return self
 
