@@ -26,8 +26,7 @@ def stage_rows(
 
     `patch_size` and `batch_size` are the planned ones, with which constant-patch training takes every step; `share` is
     the voxels of a stage's step over theirs. `cases` are the fewest and the most cases that its steps draw from.
-    `memory_bytes` is what the stage will need on each device (`train.forecast`),
-    None where `memory` does not tell.
+    `memory_bytes` is what the stage will need on each device (`train.forecast`), None where `memory` does not tell.
     """
     steps = np.bincount(schedule.stage_of_step, minlength=len(schedule.stages))
     pools = [schedule.case_pool_of_step[schedule.stage_of_step == stage.index] for stage in schedule.stages]

@@ -224,8 +224,8 @@ def next_batch(session: Session, state: TrainState, batches: PatchStream, meter:
 def after_step(session: Session, run: Experiment, state: TrainState, meter: Meter, online: OnlineValidation, starts: dict[int, int],
                done: int) -> Experiment:
     """Do what is due after `done` steps: validation, checkpoints, the end, a stop. Returns the run to go on with."""
-    best, at_end = False, done == run.num_steps
-    if at_end or done % run.config.steps_per_epoch == 0:
+    best, at_end, at_epoch = False, done == run.num_steps, done % run.config.steps_per_epoch == 0
+    if at_end or at_epoch:
         meter.settle()
         best = online(run, state.params, meter, session.log, done)
         draw(run, session.log)
@@ -239,7 +239,7 @@ def after_step(session: Session, run: Experiment, state: TrainState, meter: Mete
         save_end(session, run, state, meter)
     elif reason:
         stop(session, run, state, meter, reason)
-    elif run.config.max_hours is not None and (done in starts or (done % run.config.steps_per_epoch == 0 and done > max(starts, default=0))):
+    elif run.config.max_hours is not None and (done in starts or (at_epoch and done > max(starts, default=0))):
         return in_time(run, meter, done, partial(finish, session, state, meter, STOP_WAITS), session.log.say)
     return run
 
