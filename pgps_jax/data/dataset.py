@@ -5,19 +5,22 @@
     DATASET/labelsTr/CASE.nii.gz
 """
 
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from pgps_jax.data.labels import Labels
 from pgps_jax.data.nifti import NIFTI_ENDINGS, SITK_ENDINGS, geometry_difference, read_header, read_volume
 from pgps_jax.errors import InputError, brief
+from pgps_jax.host_memory import host_bytes_left
 from pgps_jax.json_file import read_json
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -72,6 +75,10 @@ def open_dataset(path: Path) -> Dataset:
     cases = find(folder, content, channels)
     if not cases:
         raise InputError(f"{folder}: no training cases found; images are expected as imagesTr/CASE_0000{ending}")
+    ids = {case.id for case in cases}
+    if clash := sorted(ids & {f"{case_id}_seg" for case_id in ids}):
+        raise InputError(f"{folder}: the case name {clash[0]} is what the preprocessed labels of {clash[0].removesuffix('_seg')} are "
+                         "called; rename one of the two cases")
     return Dataset(folder, folder.name, channels, labels, ending, cases, content)
 
 
@@ -266,9 +273,12 @@ def _labels_without_image(dataset: Dataset) -> list[str]:
 
 
 def map_cases(function: Callable, cases: tuple[Case, ...], progress: Progress | None, workers: int | None) -> list:
-    """[function(case) for case in cases], in threads: reading and NumPy leave Python's lock, nothing needs copying."""
+    """[function(case) for case in cases], in threads: reading and NumPy leave Python's lock, nothing needs copying.
+
+    By default as many at once as there are cores, or as fit into the free memory.
+    """
     results: list = [None] * len(cases)
-    with ThreadPoolExecutor(workers or min(default_workers(), len(cases))) as pool:
+    with ThreadPoolExecutor(workers or min(fitting_workers(map(reading_bytes, cases)), len(cases))) as pool:
         futures = {pool.submit(function, case): index for index, case in enumerate(cases)}
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -285,6 +295,23 @@ def default_workers() -> int:
     """Cores that this program may use, at most 16 as memory holds one case per worker."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 16)
+
+
+def fitting_workers(bytes_of_cases: Iterable[int]) -> int:
+    """Default workers, but no more than fit into the free memory when each holds one of the largest cases; at least one."""
+    most = max(bytes_of_cases, default=0)
+    return max(1, min(default_workers(), host_bytes_left() // max(1, most)))
+
+
+def reading_bytes(case: Case) -> int:
+    """Bytes that reading and looking at a case takes at most, by the header of its first channel; 0 where that cannot be read.
+
+    All channels twice (as read, and stacked), one file as it is stored, masks and label maps.
+    """
+    try:
+        return math.prod(read_header(case.images[0]).shape) * (8 * len(case.images) + 24)
+    except InputError:
+        return 0
 
 
 def _header_fault(case: Case) -> str | None:
@@ -310,15 +337,18 @@ def _header_fault(case: Case) -> str | None:
 def _voxel_fault(case: Case, labels: Labels) -> str | None:
     try:
         for path in case.images:
-            array = read_volume(path).array
-            if not np.isfinite(array).all():
-                bad = int((~np.isfinite(array)).sum())
-                raise InputError(f"case {case.id}: {path} holds {bad} values that are not finite (NaN or infinite); "
-                                 "replace them first")
+            check_finite(case, path, read_volume(path).array)
         _read_label(case, labels)
     except InputError as error:
         return f"{error}"
     return None
+
+
+def check_finite(case: Case, path: Path, array: Float[np.ndarray, "d h w"]) -> None:
+    """Raise InputError, naming case, file and number, if values of a channel are NaN or infinite."""
+    if not (finite := np.isfinite(array)).all():
+        raise InputError(f"case {case.id}: {path} holds {array.size - np.count_nonzero(finite)} values that are not finite (NaN or "
+                         "infinite); replace them first")
 
 
 def _shape_error(case: Case, path: Path, shape: tuple, expected: tuple) -> InputError:

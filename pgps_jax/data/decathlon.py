@@ -4,7 +4,6 @@
     Task04_Hippocampus/imagesTr/hippocampus_001.nii.gz   3D, or 4D with one channel after the other; labelsTr, imagesTs
 """
 
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from pgps_jax.data.dataset import Case, Progress, check_case_id, file_within, ma
 from pgps_jax.data.labels import Labels
 from pgps_jax.data.nifti import file_shape, read_channels, write_volume
 from pgps_jax.errors import InputError, brief
+from pgps_jax.json_file import write_json
 
 ENDING = ".nii.gz"
 
@@ -65,9 +65,7 @@ def convert_decathlon(
     for name in ("imagesTr", "labelsTr", *(["imagesTs"] if test else [])):
         (output / name).mkdir(parents=True, exist_ok=True)
     map_cases(lambda case: _convert_case(case, output, channels), training + test, progress, workers)
-    temporary = output / ".dataset.json.tmp"
-    temporary.write_text(json.dumps(converted, indent=4) + "\n", encoding="utf-8")
-    os.replace(temporary, output / "dataset.json")
+    write_json(output / "dataset.json", converted, indent=4)
     return output
 
 
@@ -132,7 +130,7 @@ def _convert_case(case: Case, output: Path, channels: int) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".copying.{target.name}")
+    temporary = target.with_name(f".copying.{os.getpid()}.{target.name}")
     try:
         shutil.copyfile(source, temporary)
         os.replace(temporary, target)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pgps_jax.data.dataset import Case, Dataset, Labels, Progress, map_cases, read_case
+from pgps_jax.data.dataset import Case, Dataset, Labels, Progress, check_finite, map_cases, read_case
 from pgps_jax.data.plan_values import intensities, sequence, three
 from pgps_jax.data.resample import crop_to_nonzero
 from pgps_jax.errors import InputError
@@ -99,8 +99,8 @@ def extract_fingerprint(dataset: Dataset, workers: int | None = None, progress: 
 def measure_case(case: Case, labels: Labels, keep: int) -> Measured:
     """Geometry after the crop to non-zero and intensities where the label is above 0 (the ignore label included)."""
     raw = read_case(case, labels)
-    if not np.isfinite(raw.image).all():
-        raise InputError(f"case {case.id}: its image holds values that are not finite (NaN or infinite); replace them")
+    for path, channel in zip(case.images, raw.image, strict=True):
+        check_finite(case, path, channel)
     image, seg, _ = crop_to_nonzero(raw.image, raw.label)
     foreground = seg[0] > 0
     return Measured(

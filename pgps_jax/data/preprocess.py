@@ -13,27 +13,29 @@ import shutil
 import sys
 import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Integer
 
-from pgps_jax.data.dataset import Case, Dataset, RawCase, default_workers, read_case
+from pgps_jax.data.dataset import Case, Dataset, RawCase, check_finite, fitting_workers, read_case
 from pgps_jax.data.labels import Label, Labels
 from pgps_jax.data.nifti import read_header
 from pgps_jax.data.plan import Configuration, Plan
 from pgps_jax.data.resample import (
     Spacing,
     crop_to_nonzero,
+    ct_statistics,
     normalise,
     resample_image,
     resample_segmentation,
     resampled_shape,
 )
-from pgps_jax.data.store import Preprocessed, remove_leftovers, stored_from, write_case
+from pgps_jax.data.store import Preprocessed, remove_leftovers, stored_by_nnunet, stored_from, write_case
 from pgps_jax.errors import InputError
 from pgps_jax.host_memory import gib, host_bytes_left
 
@@ -88,18 +90,21 @@ def sample_locations(seg: Integer[np.ndarray, "1 d h w"], labels: Labels) -> dic
     """Voxels (n, 3) of every foreground class or region, from which forced-foreground patches choose their centre.
 
     n = max(min(10000, all), ceil(0.01 all)) per class, drawn without replacement, the same ones every time; nnU-Net's
-    rule. With an ignore label, the key (-1, 0, 1, ...) holds annotated voxels.
+    rule. With an ignore label, the last key (-1, 0, 1, ...) holds annotated voxels.
     """
     rng = np.random.RandomState(1234)
     flat = seg.reshape(-1)
     foreground = np.flatnonzero(flat > 0)
     values = flat[foreground]
+
+    def voxels_of(value: int) -> np.ndarray:
+        return foreground[values == value] if value > 0 else np.flatnonzero(flat == value)
+
+    annotated = () if labels.ignore is None else ((-1, *labels.all_labels),)
     locations: dict[Label, np.ndarray] = {}
-    if labels.ignore is not None:
-        annotated = (-1, *labels.all_labels)
-        locations[annotated] = _draw(np.flatnonzero(flat != labels.ignore), seg.shape[1:], rng)
-    for label in labels.foreground:
-        locations[label] = _draw(foreground[np.isin(values, label)], seg.shape[1:], rng)
+    for label in (*labels.foreground, *annotated):
+        members = label if isinstance(label, tuple) else (label,)
+        locations[label] = _draw(np.concatenate([voxels_of(value) for value in members]), seg.shape[1:], rng)
     return locations
 
 
@@ -126,7 +131,7 @@ def preprocess_dataset(
     cases that nnU-Net put there. A worker holds one case at a time. With one worker no process is started.
 
     Args:
-        workers: processes; default one per core.
+        workers: processes; default one per core, or as many as fit into the free memory.
         progress: called with (cases done, cases in all), first with those already there.
 
     Raises:
@@ -137,14 +142,19 @@ def preprocess_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     made_from = {case.id: _made_from(case, plan, configuration, dataset.labels) for case in dataset.cases}
     todo = [case for case in dataset.cases if not _is_done(folder, case, made_from[case.id])]
-    check_disk_space(folder, todo, plan, configuration)
+    sizes = [_sizes(case, plan, configuration) for case in todo]
+    check_disk_space(folder, todo, sizes)
+    for channel, scheme in enumerate(configuration.normalization_schemes):
+        if scheme == "CTNormalization":
+            ct_statistics(plan.intensity_properties, channel)
     remove_leftovers(folder)
+    fitting = fitting_workers(_bytes_needed(case, size) for case, size in zip(todo, sizes, strict=True))
     done = len(dataset.cases) - len(todo)
     if progress:
         progress(done, len(dataset.cases))
     tasks = [(case, plan, configuration, dataset.labels, folder, made_from[case.id]) for case in todo]
     failures = []
-    for failure in _run(tasks, min(workers or default_workers(), len(tasks))):
+    for failure in _run(tasks, min(workers or fitting, len(tasks))):
         failures += [failure] if failure else []
         done += 1
         if progress:
@@ -175,15 +185,28 @@ def _size_and_time(path: Path) -> tuple[int, int]:
     return path.stat().st_size, path.stat().st_mtime_ns
 
 
-def check_disk_space(folder: Path, cases: list[Case], plan: Plan, configuration: Configuration) -> None:
-    """Refuse to start when the cases, compressed, will hardly fit on the folder's disk; reads headers only."""
-    needed = 0
-    for case in cases:
-        header = read_header(case.images[0])
-        shape = tuple(header.shape[axis] for axis in plan.transpose_forward)
-        spacing = tuple(header.spacing[axis] for axis in plan.transpose_forward)
-        voxels = math.prod(resampled_shape(shape, spacing, target_spacing(configuration, spacing)))
-        needed += voxels * (4 * len(case.images) + 2)
+class _Sizes(NamedTuple):
+    """Voxels of a case in its files, and as it will be stored (without the crop, which only the voxels tell)."""
+
+    raw: int
+    stored: int
+
+
+def _sizes(case: Case, plan: Plan, configuration: Configuration) -> _Sizes:
+    header = read_header(case.images[0])
+    shape = tuple(header.shape[axis] for axis in plan.transpose_forward)
+    spacing = tuple(header.spacing[axis] for axis in plan.transpose_forward)
+    return _Sizes(math.prod(shape), math.prod(resampled_shape(shape, spacing, target_spacing(configuration, spacing))))
+
+
+def _bytes_needed(case: Case, size: _Sizes) -> int:
+    """Memory that preprocessing takes at most: channels as read and normalised, then as resampled and read back; masks, labels."""
+    return size.raw * (8 * len(case.images) + 24) + size.stored * (8 * len(case.images) + 16)
+
+
+def check_disk_space(folder: Path, cases: list[Case], sizes: list[_Sizes]) -> None:
+    """Refuse to start when the cases, compressed, will hardly fit on the folder's disk."""
+    needed = sum(size.stored * (4 * len(case.images) + 2) for case, size in zip(cases, sizes, strict=True))
     free = shutil.disk_usage(folder).free
     least = needed * _COMPRESSED_SHARE
     if least > free:
@@ -195,7 +218,7 @@ def check_disk_space(folder: Path, cases: list[Case], plan: Plan, configuration:
 
 def _is_done(folder: Path, case: Case, made_from: str) -> bool:
     stored = stored_from(folder, case.id)
-    return (folder / f"{case.id}.pkl").exists() if stored is None else stored == made_from
+    return stored_by_nnunet(folder, case.id) if stored is None else stored == made_from
 
 
 def _made_from(case: Case, plan: Plan, configuration: Configuration, labels: Labels) -> str:
@@ -222,13 +245,15 @@ def _run(tasks: list[tuple], workers: int) -> Iterator[str | None]:
         yield from (_preprocess_and_store(*task) for task in tasks)
         return
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    futures: dict[Future, str] = {}
     try:
         with _lean_processes():
-            futures = [pool.submit(_preprocess_and_store, *task) for task in tasks]
+            for task in tasks:
+                futures[pool.submit(_preprocess_and_store, *task)] = task[0].id
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
-        unfinished = [task[0].id for task, future in zip(tasks, futures, strict=True) if future.exception()]
+        unfinished = [case_id for future, case_id in futures.items() if future.exception()] or [task[0].id for task in tasks]
         raise InputError(
             "A preprocessing process was killed, most likely because memory ran out, in one of the cases "
             f"{', '.join(unfinished[:workers])}; {gib(host_bytes_left())} are free now. "
@@ -260,7 +285,11 @@ def _preprocess_and_store(
     case: Case, plan: Plan, configuration: Configuration, labels: Labels, folder: Path, made_from: str
 ) -> str | None:
     try:
-        preprocessed = preprocess_case(read_case(case, labels), plan, configuration, labels)
+        raw = read_case(case, labels)
+        for path, channel in zip(case.images, raw.image, strict=True):
+            check_finite(case, path, channel)
+        preprocessed = preprocess_case(raw, plan, configuration, labels)
+        del raw  # its memory is needed for writing
         write_case(folder, case.id, preprocessed, configuration.patch_size, made_from)
     except (InputError, OSError, MemoryError) as error:
         reason = str(error)

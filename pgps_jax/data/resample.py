@@ -99,7 +99,7 @@ def normalise(
                 x -= mean
                 x /= max(std, 1e-8)
         elif scheme == "CTNormalization":
-            known = intensity_properties[str(channel)]
+            known = ct_statistics(intensity_properties, channel)
             np.clip(x, known["percentile_00_5"], known["percentile_99_5"], out=x)
             x -= known["mean"]
             x /= max(known["std"], 1e-8)
@@ -116,6 +116,15 @@ def normalise(
         elif scheme != "NoNormalization":
             raise InputError(f"The plan asks for normalization {scheme!r} of channel {channel}, which does not exist.")
     return image
+
+
+def ct_statistics(intensity_properties: dict[str, dict[str, float]], channel: int) -> dict[str, float]:
+    """What CTNormalization needs to know of a channel; InputError where a plan does not tell."""
+    known = intensity_properties.get(str(channel), {})
+    if missing := [key for key in ("percentile_00_5", "percentile_99_5", "mean", "std") if key not in known]:
+        raise InputError(f"The plan normalises channel {channel} by CTNormalization but has no {', '.join(missing)} of it in "
+                         "foreground_intensity_properties_per_channel; plan the dataset again.")
+    return known
 
 
 # ------------------------------------------------------------------------------------------------------ geometry rules

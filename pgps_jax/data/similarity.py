@@ -11,8 +11,6 @@ structural similarity and the universal quality index, but does not tell how the
 The measures are those of scikit-image where it has them (window of 7 cells, data range 1), vectorised over partners.
 """
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +20,10 @@ from jaxtyping import Float
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.stats import rankdata
 
+from pgps_jax.data.identity import hashes_of_cases
 from pgps_jax.data.store import CaseStore
 from pgps_jax.errors import InputError
-from pgps_jax.json_file import read_json
+from pgps_jax.json_file import read_json, write_json
 
 CELLS = 16  # per axis
 WINDOW = 7  # cells per axis over which SSIM and UQI compare
@@ -47,19 +46,17 @@ def ranked_cases(
 ) -> tuple[str, ...]:
     """`case_ids` in order of similarity, most similar to the others first.
 
-    The ranking is kept as JSON in `path` and read from there when the same cases are asked for again.
+    The ranking is kept as JSON in `path`, with the hashes of the cases, and read from there when the same are asked for again.
     """
-    kept = _read(path)
-    if kept.get("rule") != RULE or sorted(c["id"] for c in kept["cases"]) != sorted(case_ids):
+    kept, hashes = _read(path), hashes_of_cases(store, sorted(case_ids))
+    if kept.get("rule") != RULE or kept.get("hashes") != hashes or sorted(c["id"] for c in kept["cases"]) != list(hashes):
         cells = []
         for done, case in enumerate(case_ids, start=1):
             cells.append(shrink(store.open(case).image))
             if progress:
                 progress(done, len(case_ids))
-        kept = {"rule": RULE, "cases": rank(case_ids, compare(to_unit_range(np.stack(cells))))}
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(kept, indent=1))
-        os.replace(temporary, path)
+        kept = {"rule": RULE, "hashes": hashes, "cases": rank(case_ids, compare(to_unit_range(np.stack(cells))))}
+        write_json(path, kept, indent=1)
     return tuple(case["id"] for case in kept["cases"])
 
 

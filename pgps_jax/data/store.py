@@ -137,15 +137,27 @@ def write_case(folder: Path, case_id: str, case: Preprocessed, patch_size: Size,
 
 
 def stored_from(folder: Path, case_id: str) -> str | None:
-    """`made_from` of a complete case written by `write_case`; None if there is none."""
+    """`made_from` of a case written by `write_case`; None if any of its files is missing."""
+    properties = _properties_folder(folder) / f"{case_id}.json"
+    if not _has_arrays(folder, case_id) or not _locations_file(properties).exists():
+        return None
     try:
-        return read_json(_properties_folder(folder) / f"{case_id}.json").get("made_from")
+        return read_json(properties).get("made_from")
     except InputError:
         return None
 
 
+def stored_by_nnunet(folder: Path, case_id: str) -> bool:
+    """Whether nnU-Net stored a case here, of any version: also where it cannot be read, it is not ours to replace."""
+    return (folder / f"{case_id}.pkl").exists() and (_has_arrays(folder, case_id) or (folder / f"{case_id}.npz").exists())
+
+
+def _has_arrays(folder: Path, case_id: str) -> bool:
+    return (folder / f"{case_id}.b2nd").exists() and (folder / f"{case_id}_seg.b2nd").exists()
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of writers that were killed. Call it while nobody writes."""
+    """Delete the temporary files of writers that were killed. Call it while nobody else writes (`folder_lock`)."""
     for place in (folder, _properties_folder(folder)):
         for path in place.glob(".*.tmp"):
             path.unlink(missing_ok=True)
@@ -256,7 +268,7 @@ def _label(text: str) -> Label:
     """The label or region that `str` made a key of."""
     if re.fullmatch(r"-?[0-9]{1,9}", text):
         return int(text)
-    if not re.fullmatch(r"\((-?[0-9]{1,9},? ?)+\)", text):
+    if not re.fullmatch(r"\(-?[0-9]{1,9}(, -?[0-9]{1,9})*,?\)", text):
         raise ValueError(f"{brief(text)} is neither a label nor a region")
     return tuple(int(number) for number in re.findall(r"-?[0-9]+", text))
 
@@ -276,6 +288,9 @@ def _read_peers(path: Path) -> tuple[dict, dict[Label, np.ndarray]]:
             properties["nibabel_stuff"] = {"original_affine": _affine_of_sitk(**geometry)}
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: its class_locations or sitk_stuff are not nnU-Net's ({error}); preprocess again.") from None
+    if not isinstance(properties.get("nibabel_stuff"), dict):
+        raise InputError(f"{path}: does not say where the image lies in space (nibabel_stuff or sitk_stuff), as of .png and .tif files; "
+                         "cases made from NIfTI, .nrrd, .mha or .gipl files are read. Convert the images and preprocess again")
     if not all(isinstance(part, int) for label in locations for part in (label if isinstance(label, tuple) else (label,))):
         raise InputError(f"{path}: its class_locations are of {brief(list(locations))}; want labels or tuples of them.")
     return properties, locations

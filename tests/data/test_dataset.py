@@ -8,7 +8,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from pgps_jax.data.dataset import Labels, check_dataset, open_dataset, read_case
+from pgps_jax.data import dataset as dataset_module
+from pgps_jax.data.dataset import Labels, check_dataset, fitting_workers, open_dataset, read_case, reading_bytes
 from pgps_jax.data.nifti import write_volume
 from pgps_jax.errors import InputError
 
@@ -152,6 +153,21 @@ def test_a_file_whose_name_is_no_unicode_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be a file name") as error:
         open_dataset(folder)
     str(error.value).encode()
+
+
+def test_a_case_named_as_the_preprocessed_labels_of_another_is_refused(tmp_path):
+    with pytest.raises(InputError, match="the case name a_seg is what the preprocessed labels of a are called; rename"):
+        open_dataset(write_dataset(tmp_path / "data", cases=("a", "a_seg")))
+
+
+def test_cases_are_read_side_by_side_only_as_far_as_they_fit_into_the_memory(tmp_path, monkeypatch):
+    cases = open_dataset(write_dataset(tmp_path / "data")).cases
+    monkeypatch.setattr(dataset_module, "default_workers", lambda: 8)
+    for left, workers in ((10**12, 8), (3 * max(map(reading_bytes, cases)), 3), (0, 1)):
+        monkeypatch.setattr(dataset_module, "host_bytes_left", lambda left=left: left)
+        assert fitting_workers(map(reading_bytes, cases)) == workers
+    cases[0].images[0].write_bytes(b"")
+    assert reading_bytes(cases[0]) == 0, "what cannot be read is told where it is read"
 
 
 @pytest.mark.parametrize("fault", OPENING)

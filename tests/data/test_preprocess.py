@@ -161,7 +161,7 @@ def test_locations_are_bounded_true_and_the_same_every_time():
         {"labels": {"background": 0, "both": [1, 2], "two": 2, "ignore": 3}, "regions_class_order": [1, 2]}
     )
     locations = sample_locations(seg, labels)
-    assert list(locations) == [(-1, 0, 1, 2), (1, 2), 2]
+    assert list(locations) == [(1, 2), 2, (-1, 0, 1, 2)]
     for label, voxels in locations.items():
         total = np.isin(seg, label).sum()
         assert len(voxels) == max(min(10_000, total), int(np.ceil(0.01 * total)))
@@ -170,6 +170,17 @@ def test_locations_are_bounded_true_and_the_same_every_time():
     again = sample_locations(seg, labels)
     assert all(np.array_equal(again[label], voxels) for label, voxels in locations.items())
     assert len(locations[(-1, 0, 1, 2)]) > 10_000  # one in a hundred of a large class
+
+
+@pytest.mark.parametrize("kind", ["labels", "regions"])
+def test_voxels_of_classes_regions_and_what_is_annotated_are_nnunets(golden, kind):
+    arrays, sidecar = golden("preprocess/locations")
+    case = sidecar["cases"][kind]
+    made = sample_locations(arrays["seg"].astype(np.int16), Labels.from_json(case["dataset_json"]))
+    assert list(made) == [tuple(key) if isinstance(key, list) else key for key in case["keys"]]
+    assert [len(voxels) for voxels in made.values()] == case["counts"]
+    for number, voxels in enumerate(made.values()):
+        np.testing.assert_array_equal(voxels[:200], arrays[f"{kind}_{number}"])
 
 
 # ----------------------------------------------------------------------------------------------------------- datasets
@@ -237,10 +248,57 @@ def test_a_changed_plan_or_file_redoes_what_depends_on_it(dataset, tmp_path):
 
 
 def test_cases_that_nnunet_stored_are_left_alone(dataset, tmp_path):
-    (tmp_path / "case_1.pkl").write_bytes(b"nnU-Net's")
+    for name in ("case_1.pkl", "case_1.b2nd", "case_1_seg.b2nd", "case_2.pkl", "case_2.npz"):  # the second by an old version
+        (tmp_path / name).write_bytes(b"nnU-Net's")
     preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path, 1)
-    assert (tmp_path / "case_1.pkl").read_bytes() == b"nnU-Net's" and not (tmp_path / "case_1.b2nd").exists()
-    assert CaseStore(tmp_path).ids == ("case_0", "case_2", "case_3")
+    assert all((tmp_path / name).read_bytes() == b"nnU-Net's" for name in ("case_1.pkl", "case_1.b2nd", "case_2.pkl"))
+    assert CaseStore(tmp_path).ids == ("case_0", "case_1", "case_3")
+
+
+@pytest.mark.parametrize("name", ["case_1.b2nd", "case_1_seg.b2nd", "properties/case_1.json", "properties/case_1_locations.npy"])
+def test_any_file_of_a_case_that_is_deleted_is_made_again(dataset, tmp_path, name):
+    preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path, 1)
+    (tmp_path / name).unlink()
+    preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path, 1)
+    assert CaseStore(tmp_path).open("case_1").image.shape == (1, 8, 9, 11)
+
+
+def test_values_that_are_not_finite_are_refused_with_case_and_channel(dataset, tmp_path):
+    image = np.ones((8, 9, 11))
+    image[1, 2, 3] = np.nan
+    write_volume(dataset.cases[1].images[0], image, np.eye(4))
+    with pytest.raises(InputError, match=r"case case_1: .*case_1_0000\.nii\.gz holds 1 values that are not finite"):
+        preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path / "store", 1)
+
+
+def test_ct_normalisation_without_statistics_is_refused_before_the_work(dataset, tmp_path):
+    plan = make_plan((1.0, 1.0, 1.0), ["CTNormalization"], [False], {"0": {"mean": 1.0}}, patch=(8, 8, 8))
+    with pytest.raises(InputError, match="channel 0 by CTNormalization but has no percentile_00_5, percentile_99_5, std"):
+        preprocess_dataset(dataset, plan, plan.configurations["3d_fullres"], tmp_path / "store", 1)
+    assert not list((tmp_path / "store").iterdir())
+
+
+def test_a_reference_is_copied_again_when_its_label_was_corrected(dataset, tmp_path):
+    label = dataset.cases[1].label
+    preprocess.keep_references(dataset, tmp_path / "references")
+    before = times(tmp_path / "references")
+    preprocess.keep_references(dataset, tmp_path / "references")
+    assert times(tmp_path / "references") == before and len(before) == 4
+    write_volume(label, np.zeros((8, 9, 11), np.uint8), np.eye(4))
+    preprocess.keep_references(dataset, tmp_path / "references")
+    assert (tmp_path / "references" / label.name).read_bytes() == label.read_bytes()
+    assert {name for name, time in times(tmp_path / "references").items() if before[name] != time} == {label.name}
+
+
+def test_no_more_processes_are_started_than_fit_into_the_memory(dataset, tmp_path, monkeypatch):
+    used = []
+    run = preprocess._run
+    monkeypatch.setattr(preprocess, "_run", lambda tasks, workers: used.append(workers) or run(tasks, 1))
+    monkeypatch.setattr("pgps_jax.data.dataset.default_workers", lambda: 16)
+    for left, workers in ((10**12, 4), (150_000, 2), (1, 1)):
+        monkeypatch.setattr("pgps_jax.data.dataset.host_bytes_left", lambda left=left: left)
+        preprocess_dataset(dataset, PLAN, CONFIGURATION, tmp_path / str(left), None)
+        assert used.pop() == workers
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -309,6 +367,22 @@ class Deadly:
 
 def test_a_killed_process_is_told_with_the_cases_in_work_and_the_free_memory():
     with pytest.raises(InputError, match=r"one of the cases a, b; .*(GiB|MiB) are free now.*fewer --workers \(now 2\)"):
+        list(preprocess._run([(Deadly(name),) for name in "abc"], 2))
+
+
+def test_processes_that_are_killed_while_cases_are_still_handed_out_are_told_too(monkeypatch):
+    class Broken:
+        def __init__(self, *_, **__):
+            pass
+
+        def submit(self, *_):
+            raise preprocess.BrokenProcessPool
+
+        def shutdown(self, **_):
+            pass
+
+    monkeypatch.setattr(preprocess, "ProcessPoolExecutor", Broken)
+    with pytest.raises(InputError, match="one of the cases a, b; "):
         list(preprocess._run([(Deadly(name),) for name in "abc"], 2))
 
 

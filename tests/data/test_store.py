@@ -147,6 +147,12 @@ def test_geometry_read_by_simpleitk_becomes_a_nifti_affine(tmp_path):
     np.testing.assert_allclose((x, y, z), (-(-10 - 0.7 * 3), -(20 + 0.5 * 2), 5 + 3.0 * 4))
 
 
+def test_a_case_that_nnunet_made_of_a_picture_without_geometry_is_refused(tmp_path):
+    write_as_nnunet(tmp_path, "x", make_case())
+    with pytest.raises(InputError, match=r"x\.pkl: does not say where the image lies in space .* Convert the images"):
+        CaseStore(tmp_path).open("x")
+
+
 def test_missing_damaged_and_old_folders_are_refused_with_a_sentence(tmp_path):
     with pytest.raises(InputError, match="no preprocessed folder"):
         _ = CaseStore(tmp_path / "nowhere").ids
@@ -178,7 +184,9 @@ def test_a_label_in_the_properties_is_a_number_or_a_region(tmp_path):
     write_case(tmp_path, "a", make_case(), PATCH)
     path = tmp_path / "properties" / "a.json"
     good = json.loads(path.read_text())
-    for label in ("__import__('os')", "(" * 5000 + "1" + ")" * 5000, "1e3", "9" * 30, "(1, (2,))", ""):
+    assert store._label("-1") == -1 and store._label("(1,)") == (1,) and store._label(str((-1, 0, 12))) == (-1, 0, 12)
+    for label in ("(" + "1" * 40, "(" + "1, " * 10**5 + "x)", "(1 2)", "__import__('os')",
+                  "(" * 5000 + "1" + ")" * 5000, "1e3", "9" * 30, "(1, (2,))", ""):
         path.write_text(json.dumps(good | {"class_location_counts": {label: 0}}))
         with pytest.raises(InputError, match=r"a\.json"):
             CaseStore(tmp_path).open("a")
