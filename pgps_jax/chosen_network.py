@@ -19,28 +19,35 @@ def with_network(configuration: Configuration, network: NetworkConfig, say: Call
     """A configuration of the plan with the network that was asked for; `say` is told when the patch had to change.
 
     U-Nets keep the planned stages, kernels and strides. UNETR and SwinUNETR take their options from `network` and learn positions for
-    the largest patch. Batch size stays as planned.
+    the largest patch. Every network gets the nearest patch that it can take. Batch size stays as planned.
 
     Raises InputError for flags that do not go with the network, and for a planar configuration with a network that has none.
     """
     backbone = network.backbone or configuration.architecture.backbone
     _check_options(backbone, network)
     if backbone in UNETS:
-        if network.base_features is None and network.max_features is None and backbone == configuration.architecture.backbone:
-            return configuration
-        return dataclasses.replace(configuration, architecture=_unet(configuration.architecture, backbone, network))
+        if network.base_features is not None or network.max_features is not None or backbone != configuration.architecture.backbone:
+            configuration = dataclasses.replace(configuration, architecture=_unet(configuration.architecture, backbone, network))
+        return _fitting(configuration, configuration.architecture, say)
     if network.backbone is None:  # a plan of our own names it, options and all
         return configuration
     if configuration.is_2d:
         raise InputError(f"--network.backbone {backbone}: configuration {configuration.name} is planar and this network is not; use a 3D "
                          "configuration, or plain-unet or resenc-unet")
     options = {name: value for name, value in dataclasses.asdict(_options(network)).items() if value is not None}
-    patch = nearest_patch(configuration.patch_size, Architecture(backbone, options=options))
-    if patch != configuration.patch_size:
-        say(f"patch {_text(configuration.patch_size)} was planned and became {_text(patch)}, the nearest that {backbone} can take")
+    configuration = _fitting(configuration, Architecture(backbone, options=options), say)
     if backbone == "unetr":
-        options.setdefault("table_size", patch)
-    return dataclasses.replace(configuration, patch_size=patch, architecture=Architecture(backbone, options=options))
+        options.setdefault("table_size", configuration.patch_size)
+    return dataclasses.replace(configuration, architecture=Architecture(backbone, options=options))
+
+
+def _fitting(configuration: Configuration, architecture: Architecture, say: Callable[[str], None]) -> Configuration:
+    """The configuration with the nearest patch that a network can take."""
+    patch = nearest_patch(configuration.patch_size, architecture)
+    if patch == configuration.patch_size:
+        return configuration
+    say(f"patch {_text(configuration.patch_size)} was planned and became {_text(patch)}, the nearest that {architecture.backbone} can take")
+    return dataclasses.replace(configuration, patch_size=patch)
 
 
 def nearest_patch(patch_size: Size, architecture: Architecture) -> Size:

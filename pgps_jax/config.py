@@ -69,7 +69,8 @@ class RunConfig:
     steps_per_epoch: int = 250
     """Optimizer updates per epoch; an epoch is a unit of reporting, not a pass over the data."""
     max_hours: float | None = None
-    """Shorten the run so that it ends, annealed and at the planned patch, within this many hours on this machine."""
+    """Shorten the run so that training ends, annealed and at the planned patch, within this many hours on this machine: never more than
+    `epochs`, corrected while training, the learning rate falling step by step. The prediction of whole volumes after it comes on top."""
     validation_steps: int = 50
     """Validation batches of planned-size patches at the end of each epoch (pseudo-Dice)."""
     seed: int = 0
@@ -108,6 +109,12 @@ class RunConfig:
     def run_name(self) -> str:
         """Folder name of the run."""
         return self.name or f"{self.configuration}_{self.curriculum.mode}"
+
+    @property
+    def sampling_of_mode(self) -> SamplingConfig:
+        """How training patches are drawn: as asked for, and where nothing was, by the scheme of the mode's own paper."""
+        by_mode = "per-case" if self.curriculum.mode in ("pgps", "pgps-plus", "rpss") else "paired"
+        return dataclasses.replace(self.sampling, scheme=self.sampling.scheme or by_mode)
 
     def check_loader(self) -> None:
         """Raise InputError if the flags of reading patches are out of their ranges."""

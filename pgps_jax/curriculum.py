@@ -96,7 +96,7 @@ class CurriculumConfig:
     random-order: the patches of efficiency from large to small or shuffled, as controls."""
     pacing: Pacing = "uniform"
     """Steps per patch size. uniform: equally many (papers). volume: in proportion to the patch's volume. equal-time: so
-    that each patch size takes the same time, by measured seconds per step where known and else by voxels."""
+    that each patch size takes the same time, by seconds per step measured before the first one."""
     batch_policy: BatchPolicy | None = None
     """Batch size per patch size; what the mode says when not given. planned: always the planned one. voxel-budget: as
     many as fit the planned number of voxels per step. chain: the rule of pgps-plus. device-memory: as many as fit the
@@ -110,11 +110,23 @@ class CurriculumConfig:
     """Seed of the random choices of rpss and random-order."""
     case_curriculum: Literal["none", "pdl", "pdl-two-stage"] = "none"
     """Which cases are in use. none: all. pdl: begin with the cases most similar to the others, add the next ones every
-    case_epochs epochs (PDL 2020). pdl-two-stage: all others join at once after case_epochs epochs (PDL 2023)."""
+    case_epochs epochs (PDL 2020). pdl-two-stage: all others join at once after case_epochs epochs (PDL 2023). Goes with
+    every mode; epochs must suffice for all cases."""
     case_epochs: int = 10
-    """Epochs before cases are added: 10 for CT and 20 for MRI in PDL 2020."""
+    """Epochs before cases are added: 10 for CT and 20 for MRI in PDL 2020. Fewer in a run that max_hours shortens, by as
+    much as the run is shorter than its epochs."""
     case_share: float = 0.25
     """Share of the cases to begin with, and to add each time with pdl; our choice, the papers do not tell theirs."""
+
+    def check(self) -> None:
+        """Raise InputError if a value is out of its range."""
+        for flag, value, least in (("case-epochs", self.case_epochs, 1), ("schedule-seed", self.schedule_seed, 0)):
+            if value < least:
+                raise InputError(f"--{flag} {value}: must be at least {least}")
+        shares = {"case-share": self.case_share, "memory-fraction": self.memory_fraction, "dataset-share": self.dataset_share}
+        for flag, value in shares.items():
+            if value is not None and not 0 < value <= 1:
+                raise InputError(f"--{flag} {value}: must be above 0 and at most 1")
 
 
 def make_schedule(
@@ -126,6 +138,8 @@ def make_schedule(
     steps_per_epoch: int,
     *,
     num_cases: int = 1,
+    whole_steps: int | None = None,
+    stages: Sequence[Stage] | None = None,
     seconds_per_step: Sequence[float] | None = None,
 ) -> Schedule:
     """The whole schedule of a run.
@@ -136,16 +150,18 @@ def make_schedule(
         num_steps, steps_per_epoch: stages change at multiples of `steps_per_epoch` if there is a whole epoch at all.
             With fewer epochs than patch sizes, evenly spaced patch sizes are left out; the planned one stays last.
         num_cases: number of training cases, for the case curriculum.
-        seconds_per_step: measured seconds, one per patch size of `patch_ladder`, for pacing equal-time.
+        whole_steps: the length that `case_epochs` is meant for, where `num_steps` is less to fit a time; cases are then
+            added sooner in proportion. `num_steps` when not given.
+        stages: what `all_stages` gives, with batch sizes and parts changed where a machine had a say in them.
+        seconds_per_step: measured seconds, one per stage of `stages`, for pacing equal-time; by voxels when not given.
 
-    Raises InputError if the planned patch cannot be reached, naming the axis and the rule.
+    Raises InputError if the planned patch cannot be reached, naming the axis and the rule, and if there are too few
+    steps for all cases to come into use.
     """
     _check(config, patch_size, batch_size, limits, num_steps, steps_per_epoch, num_cases)
-    ladder = patch_ladder(config.mode, patch_size, limits)
-    batches = batch_sizes(batch_policy(config), ladder, batch_size)
-    stages = tuple(Stage(i, patch, batch) for i, (patch, batch) in enumerate(zip(ladder, batches, strict=True)))
+    stages = all_stages(config, patch_size, batch_size, limits) if stages is None else tuple(stages)
     weights = _pacing_weights(config.pacing, stages, seconds_per_step)
-    pool = case_pool(config, num_cases, num_steps, steps_per_epoch)
+    pool = case_pool(config, num_cases, num_steps, steps_per_epoch, whole_steps)
     rng = np.random.default_rng(config.schedule_seed)
 
     if config.mode == "rpss":
@@ -162,6 +178,13 @@ def make_schedule(
         order = rng.permutation(order)
     in_order = tuple(replace(stages[kept[j]], index=i) for i, j in enumerate(order))
     return Schedule(in_order, np.repeat(np.arange(len(order), dtype=np.int32), steps[order]), pool)
+
+
+def all_stages(config: CurriculumConfig, patch_size: Size, batch_size: int, limits: PatchLimits) -> tuple[Stage, ...]:
+    """Every patch size of a curriculum, smallest first, with its batch size; a short schedule uses only some of them."""
+    ladder = patch_ladder(config.mode, patch_size, limits)
+    batches = batch_sizes(batch_policy(config), ladder, batch_size)
+    return tuple(Stage(i, patch, batch) for i, (patch, batch) in enumerate(zip(ladder, batches, strict=True)))
 
 
 # 1. Patch ladders
@@ -303,14 +326,26 @@ def _evenly(available: int, wanted: int) -> np.ndarray:
 
 
 def case_pool(
-    config: CurriculumConfig, num_cases: int, num_steps: int, steps_per_epoch: int
+    config: CurriculumConfig, num_cases: int, num_steps: int, steps_per_epoch: int, whole_steps: int | None = None
 ) -> Int[np.ndarray, " steps"]:
-    """Number of ranked cases in use at each step; see `CurriculumConfig.case_curriculum`."""
+    """Number of ranked cases in use at each step; see `CurriculumConfig.case_curriculum`, and `make_schedule` for `whole_steps`.
+
+    Raises InputError, naming the epochs that would do, if the last step does not use all cases.
+    """
     if config.case_curriculum == "none":
         return np.full(num_steps, num_cases, np.int32)
-    additions = np.arange(num_steps) // (config.case_epochs * steps_per_epoch)
+    whole_steps = whole_steps or num_steps
     first = max(1, math.ceil(config.case_share * num_cases))
     growth = first if config.case_curriculum == "pdl" else num_cases
+    epochs_before_last = -(-(num_cases - first) // growth) * config.case_epochs
+    if whole_steps <= epochs_before_last * steps_per_epoch:
+        raise InputError(
+            f"--case-curriculum {config.case_curriculum}: the last of {num_cases} cases are added after {epochs_before_last} epochs, and "
+            f"{whole_steps / steps_per_epoch:g} are asked for; use --epochs {epochs_before_last + 1} or more, fewer --case-epochs or a "
+            "larger --case-share"
+        )
+    step_of_whole = ((np.arange(num_steps) + 1) * whole_steps - 1) // num_steps  # ends with the last one
+    additions = step_of_whole // (config.case_epochs * steps_per_epoch)
     return np.minimum(first + additions * growth, num_cases).astype(np.int32)
 
 
@@ -321,16 +356,13 @@ def _check(
     config: CurriculumConfig, patch_size: Size, batch_size: int, limits: PatchLimits,
     num_steps: int, steps_per_epoch: int, num_cases: int,
 ) -> None:
+    config.check()
     for name, value in (("batch size", batch_size), ("number of steps", num_steps), ("number of cases", num_cases),
-                        ("steps per epoch", steps_per_epoch), ("case-epochs", config.case_epochs)):
+                        ("steps per epoch", steps_per_epoch)):
         if value < 1:
             raise InputError(f"curriculum: the {name} must be at least 1, found {value}")
     if num_steps > MOST_STEPS:
         raise InputError(f"curriculum: {num_steps} steps; at most {MOST_STEPS} are planned. Use fewer epochs")
-    limits_given = {} if config.dataset_share is None else {"dataset-share": config.dataset_share}
-    for name, value in {"case-share": config.case_share, "memory-fraction": config.memory_fraction, **limits_given}.items():
-        if not 0 < value <= 1:
-            raise InputError(f"curriculum: {name} must be above 0 and at most 1, found {value}")
     for axis, planned, smallest, increment in zip("dhw", patch_size, *limits, strict=True):
         if planned < smallest or (planned - smallest) % increment:
             raise InputError(
@@ -369,6 +401,8 @@ def schedule_from_json(values: dict) -> Schedule:
         raise InputError(f"schedule.json: {len(stage_of_step)} steps but case pools of {len(pool)}; start with --fresh")
     if not 0 <= stage_of_step.min() <= stage_of_step.max() < len(stages):
         raise InputError(f"schedule.json: its steps name stages beyond the {len(stages)} given; start with --fresh")
+    if pool.min() < 1:
+        raise InputError(f"schedule.json: a pool of {pool.min()} cases; there is one case at least. Start with --fresh")
     return Schedule(tuple(stages), stage_of_step, pool)
 
 

@@ -35,7 +35,6 @@ from pgps_jax.commands import (
     Train,
 )
 from pgps_jax.config import RunConfig, from_json
-from pgps_jax.data.dataset import open_dataset
 from pgps_jax.data.decathlon import convert_decathlon, converted_name
 from pgps_jax.data.doctor import examine
 from pgps_jax.data.download import fetch_msd
@@ -93,13 +92,23 @@ def preprocess(command: Preprocess | RunConfig) -> None:
 
 
 def show_schedule(command: ShowSchedule) -> None:
-    """Print (and draw) the stages."""
-    with CaseProgress("planning") as progress:
-        _, plans, folder = workspace.plan_dataset(
-            command.dataset, command.workspace, command.planner, lambda _: None, progress, command.workers)
-    configuration = workspace.configuration_of(plans, command.configuration, command.network, command.batch_size,
-                                               complain if command.json else say)
-    schedule = workspace.planned_schedule(command, configuration, len(open_dataset(command.dataset).cases))
+    """Print (and draw) the stages, as far as they are known without compiling anything."""
+    workspace.check_numbers(command)
+    if command.plot and (command.plot.is_dir() or not command.plot.parent.is_dir()):
+        raise InputError(f"--plot {command.plot}: must name a file in a folder that exists")
+    note, ids = complain if command.json else say, None
+    if workspace.is_preprocessed(command.dataset):
+        folder, plans, _ = workspace.planned(command.dataset, command.workspace, command.planner)
+    else:
+        with CaseProgress("planning") as progress:
+            dataset, plans, folder = workspace.plan_dataset(
+                command.dataset, command.workspace, command.planner, lambda _: None, progress, command.workers)
+        ids = [case.id for case in dataset.cases]
+    configuration = workspace.configuration_of(plans, command.configuration, command.network, command.batch_size, note)
+    train_ids, _ = workspace.cases_to_train(command, configuration, folder, ids)
+    schedule = workspace.planned_schedule(command, configuration, len(train_ids))
+    for sentence in workspace.notes_on_schedule(command, schedule):
+        note(sentence)
     rows = stage_rows(schedule, configuration.patch_size, configuration.batch_size)
     if command.json:
         planned = {"patch_size": configuration.patch_size, "batch_size": configuration.batch_size}
@@ -107,10 +116,11 @@ def show_schedule(command: ShowSchedule) -> None:
     else:
         console.print(schedule_table(rows, command.curriculum.mode))
     if command.plot:
-        balance = workspace.predicted_balance(command, configuration, folder, schedule)
+        with CaseProgress("comparing cases") as progress:
+            balance = workspace.predicted_balance(command, configuration, folder, schedule, progress)
         plot_schedule(schedule, command.plot, balance)
         without = "" if balance else " (without class balance: it is measured on preprocessed cases, see `preprocess`)"
-        (complain if command.json else say)(f"picture: {command.plot}{without}")
+        note(f"picture: {command.plot}{without}")
 
 
 def run_training(config: RunConfig) -> dict:
@@ -124,7 +134,8 @@ def run_training(config: RunConfig) -> dict:
         with only_process(workspace.run_folder(config)):
             pass  # only asked here, before long work
     spoken = Spoken()
-    experiment = workspace.open_experiment(config, spoken.say)
+    with CaseProgress("comparing cases") as progress:
+        experiment = workspace.open_experiment(config, spoken.say, progress)
     start = prepare_start(experiment)
     if not workspace.goes_on(config):
         experiment = sized(experiment, spoken.say)
@@ -348,6 +359,7 @@ def execute(command: object) -> int:
             case FindPostprocessing():
                 find_postprocessing(command)
             case Postprocess():
+                workspace.check_numbers(command)
                 with CaseProgress("postprocessing") as progress:
                     apply_postprocessing(read_postprocessing(command.decision), command.predictions, command.output, progress)
             case Doctor():

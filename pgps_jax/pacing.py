@@ -15,7 +15,8 @@ from pgps_jax.curriculum import Schedule, Stage
 def seconds_of(schedule: Schedule, seconds_per_step: Mapping[Stage, float] | Callable[[Stage], float]) -> float:
     """Seconds that all steps of a schedule take."""
     per_stage = seconds_per_step if callable(seconds_per_step) else seconds_per_step.__getitem__
-    return float(np.array([per_stage(stage) for stage in schedule.stages])[schedule.stage_of_step].sum())
+    steps = np.bincount(schedule.stage_of_step, minlength=len(schedule.stages)).tolist()
+    return float(sum(n * per_stage(stage) for stage, n in zip(schedule.stages, steps, strict=True) if n))
 
 
 def fit_to_seconds(
@@ -49,17 +50,19 @@ def fit_to_seconds(
 
 
 def rescale_rest(
-    schedule: Schedule, step: int, seconds_per_step: Callable[[Stage], float], seconds_left: float
+    schedule: Schedule, step: int, seconds_per_step: Callable[[Stage], float], seconds_left: float, most_steps: int
 ) -> Schedule:
     """The same schedule up to `step`, and the rest of it stretched or shortened to take `seconds_left`.
 
-    For corrections at a stage border, when steps turned out slower or faster than first measured. Each remaining stage
-    keeps its share of the remaining steps; the last step stays in the last stage. At least one step remains.
+    For corrections on the way, when steps turned out slower or faster than first measured. Each remaining stage keeps its
+    share of the remaining steps; the last step stays in the last stage. At least one step remains, and there are never
+    more than `most_steps` in all, however much time is left.
     """
     rest = replace(
         schedule, stage_of_step=schedule.stage_of_step[step:], case_pool_of_step=schedule.case_pool_of_step[step:]
     )
-    wanted = max(1, int(rest.num_steps * seconds_left / seconds_of(rest, seconds_per_step)))
+    wanted = rest.num_steps * seconds_left / seconds_of(rest, seconds_per_step)
+    wanted = max(1, int(min(wanted, most_steps - step)))
     chosen = step + ((np.arange(wanted) + 1) * rest.num_steps - 1) // wanted  # ends with the last one
     return replace(
         schedule,

@@ -11,7 +11,7 @@ import numpy as np
 
 from pgps_jax.chosen_network import with_network
 from pgps_jax.config import NetworkConfig, Planner, RunConfig, check_same, to_json
-from pgps_jax.curriculum import Schedule, batch_policy, make_schedule, schedule_from_json, schedule_to_json
+from pgps_jax.curriculum import Schedule, Stage, batch_policy, make_schedule, schedule_from_json, schedule_to_json
 from pgps_jax.data.class_balance import StageBalance, class_balance
 from pgps_jax.data.dataset import Dataset, Labels, check_dataset, open_dataset
 from pgps_jax.data.decathlon import convert_decathlon, converted_name, is_decathlon
@@ -220,48 +220,82 @@ def goes_on(config: RunConfig) -> bool:
     return (run_folder(config) / "config.json").exists() and not config.fresh
 
 
-def planned_schedule(config: RunConfig, configuration: Configuration, num_cases: int, num_steps: int | None = None) -> Schedule:
-    """The schedule that a config asks for, before any training; `num_steps` shortens it."""
+def check_numbers(config: RunConfig) -> None:
+    """Raise InputError if a flag that decides about length, batches or learning rate is out of its range, before any work."""
+    config.check_loader()
+    config.curriculum.check()
+    config.optim.check()
+    for name, least in (("epochs", 1), ("steps_per_epoch", 1), ("validation_steps", 1), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    if config.max_hours is not None and not 0 < config.max_hours < np.inf:
+        raise InputError(f"--max-hours {config.max_hours:g}: must be above 0, and finite; leave it out to train all --epochs")
     if config.accumulate != "auto" and config.accumulate < 1:
         raise InputError(f"--accumulate {config.accumulate}: must be at least 1, or auto")
     if config.accumulate != 1 and batch_policy(config.curriculum) == "device-memory":
         raise InputError(f"--accumulate {config.accumulate}: --batch-policy device-memory chooses batches that fit in one part")
-    for name in ("epochs", "steps_per_epoch", "validation_steps"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+
+
+def planned_schedule(
+    config: RunConfig, configuration: Configuration, num_cases: int, num_steps: int | None = None,
+    stages: Sequence[Stage] | None = None, seconds_per_step: Sequence[float] | None = None,
+) -> Schedule:
+    """The schedule that a config asks for, before any training.
+
+    `num_steps` shortens it; `stages` and their `seconds_per_step` are what a machine found out, see `make_schedule`.
+    """
+    whole = config.epochs * config.steps_per_epoch
     return make_schedule(
         config.curriculum, configuration.patch_size, configuration.batch_size, limits(configuration.architecture),
-        num_steps or config.epochs * config.steps_per_epoch, config.steps_per_epoch, num_cases=num_cases,
+        num_steps or whole, config.steps_per_epoch, num_cases=num_cases, whole_steps=whole, stages=stages,
+        seconds_per_step=seconds_per_step,
     )
 
 
-def predicted_balance(config: RunConfig, configuration: Configuration, preprocessed: Path, schedule: Schedule) -> list[StageBalance]:
+def cases_to_train(
+    config: RunConfig, configuration: Configuration, preprocessed: Path, ids: Sequence[str] | None = None
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Cases of the fold to train on and to validate on: of `ids`, or of those that are preprocessed; InputError if there are none."""
+    store = CaseStore(preprocessed / configuration.data_identifier)
+    ids = list(store.ids if ids is None else ids)
+    if not ids:
+        raise InputError(f"{store.folder}: holds no preprocessed cases; use `run`, or `preprocess` before `train`")
+    return cases_of_fold(read_or_make_folds(preprocessed / "splits_final.json", ids), ids, config.fold)
+
+
+def in_order(config: RunConfig, store: CaseStore, train_ids: Sequence[str], progress: Callback | None = None) -> Sequence[str]:
+    """The cases to train on, most similar to the others first if there is a case curriculum; the ranking is kept beside the store."""
+    if config.curriculum.case_curriculum == "none":
+        return train_ids
+    return ranked_cases(store.folder.parent / f"similarity_{store.folder.name}_fold_{config.fold}.json", store, train_ids, progress)
+
+
+def predicted_balance(
+    config: RunConfig, configuration: Configuration, preprocessed: Path, schedule: Schedule, progress: Callback | None = None
+) -> list[StageBalance]:
     """Share of foreground in the patches of each stage, drawn as training would; empty where nothing is preprocessed yet."""
     store = CaseStore(preprocessed / configuration.data_identifier)
     if not store.folder.is_dir() or not store.ids:
         return []
-    folds = read_or_make_folds(preprocessed / "splits_final.json", list(store.ids))
-    train_ids, _ = cases_of_fold(folds, list(store.ids), config.fold)
+    train_ids = in_order(config, store, cases_to_train(config, configuration, preprocessed)[0], progress)
     labels = Labels.from_json(read_json(preprocessed / "dataset.json"))
-    return class_balance(store, train_ids, schedule, config.sampling, configuration.batch_size, labels, seed=config.seed)
+    return class_balance(store, train_ids, schedule, config.sampling_of_mode, configuration.batch_size, labels, seed=config.seed)
 
 
-def open_experiment(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Experiment:
+def open_experiment(
+    config: RunConfig, say: Callable[[str], None] = lambda _: None, progress: Callback | None = None
+) -> Experiment:
     """Put an experiment together from a preprocessed dataset, and check that it agrees with its run folder if it goes on.
 
-    Everything that can be refused is refused here, before anything is written or deleted. `say` hears what was not planned this way.
+    Everything that can be refused is refused here, before anything is written or deleted. `say` hears what was not planned this way,
+    `progress` of the cases that are compared for a case curriculum.
     """
-    config.check_loader()
+    check_numbers(config)
     preprocessed, plan, dataset_json = planned(config.dataset, config.workspace, config.planner)
     configuration = configuration_of(plan, config.configuration, config.network, config.batch_size, say)
     store = CaseStore(preprocessed / configuration.data_identifier)
-    if not store.ids:
-        raise InputError(f"{store.folder}: holds no preprocessed cases; use `run`, or `preprocess` before `train`")
-    folds = read_or_make_folds(preprocessed / "splits_final.json", list(store.ids))
-    train_ids, validation_ids = cases_of_fold(folds, list(store.ids), config.fold)
-
-    if config.curriculum.case_curriculum != "none":
-        train_ids = ranked_cases(preprocessed / f"similarity_fold_{config.fold}.json", store, train_ids)
+    train_ids, validation_ids = cases_to_train(config, configuration, preprocessed)
+    train_ids = in_order(config, store, train_ids, progress)
 
     folder = run_folder(config)
     if goes_on(config):
@@ -286,6 +320,7 @@ def identity_of(run: Experiment) -> dict:
     return identity(run.store, run.train_ids, run.validation_ids, run.dataset_json)
 
 
+        refuse_strange_schedule(config, configuration, len(train_ids), schedule, folder / "schedule.json")
 def refuse_changed_inputs(config: RunConfig, folder: Path) -> None:
     """Raise InputError when plan or data are not those of the run in `folder` any more, or are gone."""
     now = open_experiment(dataclasses.replace(config, fresh=True))  # as a new run would find them; nothing is deleted here
@@ -305,10 +340,35 @@ def refuse_changed_plan(configuration: Configuration, folder: Path) -> None:
 
 
 def learning_rates(config: RunConfig, configuration: Configuration, schedule: Schedule) -> np.ndarray:
-    """Learning rate of every step, float32."""
+    """Learning rate of every step, float32; constant within an epoch as in nnU-Net, but falling to nothing by the last step of a run
+    that has to fit a time, or that is less than an epoch long."""
+    step_by_step = config.max_hours is not None or schedule.num_steps < config.steps_per_epoch
     batch_size_of_step = np.array([stage.batch_size for stage in schedule.stages])[schedule.stage_of_step]
-    return learning_rate_of_step(config.optim, schedule.num_steps, config.steps_per_epoch, batch_size_of_step, configuration.batch_size,
-                                 schedule.stage_of_step)
+    return learning_rate_of_step(config.optim, schedule.num_steps, 1 if step_by_step else config.steps_per_epoch, batch_size_of_step,
+                                 configuration.batch_size, schedule.stage_of_step)
+
+
+def notes_on_schedule(config: RunConfig, schedule: Schedule) -> list[str]:
+    """Sentences on what training will do otherwise than a schedule that was planned without its machine."""
+    curriculum, hours, parts = config.curriculum, config.max_hours, config.accumulate
+    found_out = {
+        "--batch-policy device-memory": batch_policy(curriculum) == "device-memory" and "batches are as large as fit its device",
+        "--max-hours": hours is not None and f"there are as many of these steps as fit {hours:g} hours",
+        "--pacing equal-time": curriculum.pacing == "equal-time" and "steps are shared out by measured time, here by voxels",
+        f"--accumulate {parts}": parts != 1 and f"{'batches too large for its device' if parts == 'auto' else 'all batches'} come in parts",
+    }
+    notes = [f"note: {flag}: in training {words}" for flag, words in found_out.items() if words]
+    return notes + [note for note in (note_on_warm_up(config, schedule),) if note]
+
+
+def note_on_warm_up(config: RunConfig, schedule: Schedule) -> str | None:
+    """A sentence for stages that end before their learning rate has risen; none where patch sizes take turns."""
+    runs = schedule.runs()
+    short = [stage.index for stage, _, steps in runs if steps < config.optim.warmup_steps]
+    if not short or len(runs) > len(schedule.stages):
+        return None
+    return (f"note: --optim.warmup-steps {config.optim.warmup_steps}: the learning rate does not rise to its full height in stage "
+            f"{', '.join(map(str, short))}, the shortest of which has {min(steps for *_, steps in runs)} steps")
 
 
 def with_schedule(run: Experiment, schedule: Schedule) -> Experiment:
@@ -322,6 +382,21 @@ def store_schedule(run: Experiment) -> None:
 
 
 def augment_policy(config: RunConfig, plan: Plan, configuration: Configuration, labels: Labels, store: CaseStore) -> AugmentPolicy:
+def refuse_strange_schedule(config: RunConfig, configuration: Configuration, num_cases: int, schedule: Schedule, where: Path) -> None:
+    """Raise InputError when a stored schedule is none that this run can have; `where` is its file."""
+    smallest, increment = limits(configuration.architecture)
+    most_steps, most_cases = config.epochs * config.steps_per_epoch, int(schedule.case_pool_of_step.max())
+    faults = [] if schedule.num_steps <= most_steps else [f"{schedule.num_steps} steps, and --epochs allows {most_steps}"]
+    faults += [] if most_cases <= num_cases else [f"{most_cases} cases in use, of {num_cases}"]
+    for stage in schedule.stages:
+        edges = zip(stage.patch_size, smallest, increment, configuration.patch_size, strict=True)
+        if any(not low <= edge <= planned or (edge - low) % step for edge, low, step, planned in edges):
+            faults.append(f"stage {stage.index} has patches of {stage.patch_size}, and the network takes {smallest} and multiples of "
+                          f"{increment} more, up to the planned {configuration.patch_size}")
+    if faults:
+        raise InputError(f"{where}: {'; '.join(faults)}. Restore the file, or start with --fresh")
+
+
     """What is fixed about augmentation; the left-right axis is looked up in the cases where labels are to be swapped."""
     axis = None
     if config.augment.mirror == "label-swap" and config.augment.left_right_axis is None:

@@ -21,14 +21,19 @@ MOST_NAMED = 5
 
 def identity(store: CaseStore, train_ids: Sequence[str], validation_ids: Sequence[str], dataset_json: dict) -> dict:
     """JSON-able identity of the data of a run: hashes of dataset.json and of every case, the order of the cases, and one of all."""
-    with ThreadPoolExecutor(THREADS) as threads:
-        hashes = dict(zip(store.ids, threads.map(lambda case_id: _hash_of_case(store.folder, case_id), store.ids), strict=True))
+    hashes = hashes_of_cases(store, store.ids)
     content = {
         "dataset.json": _digest(json.dumps(dataset_json, sort_keys=True).encode()),
         "train": {case_id: hashes[case_id] for case_id in train_ids},
         "validation": {case_id: hashes[case_id] for case_id in validation_ids},
     }
     return {"hash": _digest(json.dumps(content).encode()), **content}
+
+
+def hashes_of_cases(store: CaseStore, ids: Sequence[str]) -> dict[str, str]:
+    """Hash of each case, which is another one when it was preprocessed otherwise."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        return dict(zip(ids, threads.map(lambda case_id: _hash_of_case(store.folder, case_id), ids), strict=True))
 
 
 def refuse_changed(then: dict, now: dict, where: Path) -> None:

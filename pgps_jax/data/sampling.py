@@ -29,10 +29,11 @@ from pgps_jax.errors import InputError
 class SamplingConfig:
     """Which patches are cut from which cases."""
 
-    scheme: Literal["paired", "per-case"] = "paired"
+    scheme: Literal["paired", "per-case"] | None = None
     """paired: at most the planned batch size of cases are loaded, several crops are cut from each, and whole cases
     alternate between random and forced foreground, the first one random (PGPS 2025). per-case: one case per crop, the
-    last ones of the batch forced (PGPS 2024, nnU-Net)."""
+    last ones of the batch forced (PGPS 2024, nnU-Net). When not given, as in the paper of the mode: per-case for pgps,
+    pgps-plus and rpss, paired for all others and for the patches of validation."""
     foreground_fraction: float = 0.5
     """Share of crops (paired: of cases) that are centred on a foreground voxel. Both PGPS papers: 0.5; nnU-Net: 0.33."""
     jitter: float = 0.0
@@ -66,7 +67,7 @@ class BatchDraw(NamedTuple):
 
 def crops_per_case(config: SamplingConfig, batch_size: int, planned_batch_size: int) -> int:
     """How many crops are cut from each case that is drawn; the last case may give fewer."""
-    return math.ceil(batch_size / planned_batch_size) if config.scheme == "paired" else 1
+    return 1 if config.scheme == "per-case" else math.ceil(batch_size / planned_batch_size)
 
 
 def forced_crops(config: SamplingConfig, batch_size: int, planned_batch_size: int, step: int) -> Bool[np.ndarray, " b"]:

@@ -71,7 +71,7 @@ def choose_batch_size(
     elements_per_patch: int,
     multiple_of: int = 1,
     max_batch: int | None = None,
-    extra_bytes_per_patch: int = 0,
+    outside: Callable[[int], int] = lambda batch: 0,
 ) -> BatchChoice:
     """The largest batch size whose program fits the budget.
 
@@ -86,7 +86,7 @@ def choose_batch_size(
         elements_per_patch: elements of the largest activation for one patch; the batch keeps it below 2^31.
         multiple_of: number of devices that share a batch.
         max_batch: another upper limit, for example `share_of_dataset`.
-        extra_bytes_per_patch: bytes on the device per patch of the batch outside the program (prefetched batches).
+        outside: bytes that a batch size needs in the same memory outside of the program (prefetched batches).
 
     Raises InputError if not even the smallest batch fits.
     """
@@ -98,8 +98,7 @@ def choose_batch_size(
 
     def measure(batch: int) -> None:
         try:
-            outside = extra_bytes_per_patch * batch / multiple_of
-            measured[batch] = program_bytes(compile_at(batch)) + outside
+            measured[batch] = program_bytes(compile_at(batch)) + outside(batch)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -1,5 +1,6 @@
 """The optimiser: SGD with Nesterov momentum as PyTorch computes it, and the learning rate of every step as an array."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,8 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int, PyTree
 
+from pgps_jax.errors import InputError
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -18,7 +21,8 @@ class OptimConfig:
     learning_rate: float = 0.01
     """Learning rate of the first epoch."""
     poly_exponent: float = 0.9
-    """Decay over the run: learning_rate * (1 - epoch / epochs) ** poly_exponent, constant within an epoch."""
+    """Decay over the run: learning_rate * (1 - epoch / epochs) ** poly_exponent, constant within an epoch; with steps in place of
+    epochs in runs that max_hours limits."""
     momentum: float = 0.99
     """Nesterov momentum."""
     weight_decay: float = 3e-5
@@ -26,9 +30,19 @@ class OptimConfig:
     clip_norm: float = 12.0
     """Largest global norm of the gradient; a longer one is scaled down to it."""
     batch_rule: Literal["none", "sqrt", "linear"] = "none"
-    """How the learning rate follows the batch size of a stage relative to the planned one. none: not at all (paper)."""
+    """How the learning rate follows the batch size of a stage relative to the planned one. none: not at all (papers). sqrt, linear:
+    times the root of the ratio, times the ratio."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly when a stage is entered for the first time."""
+    """Steps over which the learning rate rises linearly when a stage is entered for the first time; fewer than a stage has."""
+
+    def check(self) -> None:
+        """Raise InputError if a value is out of its range."""
+        for name in ("learning_rate", "poly_exponent", "momentum", "weight_decay", "clip_norm", "warmup_steps"):
+            value, above = getattr(self, name), name in ("learning_rate", "clip_norm")
+            if not (math.isfinite(value) and (value > 0 or (value == 0 and not above))):
+                raise InputError(f"--optim.{name.replace('_', '-')} {value}: must be {'above' if above else 'at least'} 0, and finite")
+        if self.momentum >= 1:
+            raise InputError(f"--optim.momentum {self.momentum}: must be below 1; nnU-Net's is 0.99")
 
 
 def clip_by_torch_norm(max_norm: float) -> optax.GradientTransformation:
@@ -82,6 +96,7 @@ def learning_rate_of_step(
     """Learning rate of every step, float32: poly decay per epoch, times the rules for large batches and new stages.
 
     Args:
+        steps_per_epoch: steps with the same rate; with 1 it falls at every step, to almost nothing at the last.
         batch_size_of_step, planned_batch_size: needed by `batch_rule` sqrt and linear.
         stage_of_step: needed by `warmup_steps`.
     """

@@ -77,5 +77,5 @@ def training_source(run: Experiment, device: Device) -> PatchSource:
     """Every training batch of the run by its step."""
     crops = [crop_size(run.policy, stage.patch_size) for stage in run.schedule.stages]
     cache_bytes = int(run.config.cache_gb * 1e9) // max(run.config.loader_processes, 1)  # every process has its own
-    return PatchSource(run.store, run.train_ids, run.schedule, run.config.sampling, crops, run.configuration.batch_size,
+    return PatchSource(run.store, run.train_ids, run.schedule, run.config.sampling_of_mode, crops, run.configuration.batch_size,
                        seed=run.config.seed, image_dtype=device.transport, label_dtype=run.label_dtype, cache_bytes=cache_bytes)
