@@ -16,7 +16,7 @@ from pgps_jax.data.dataset import Dataset
 from pgps_jax.data.fingerprint import Fingerprint
 from pgps_jax.data.plan import Configuration, Plan
 from pgps_jax.data.resample import ANISOTROPY_THRESHOLD, resampled_shape
-from pgps_jax.errors import InputError
+from pgps_jax.errors import InputError, brief
 
 Spacing = tuple[float, ...]
 
@@ -33,7 +33,7 @@ _SCHEMES = {
     "ct": "CTNormalization", "nonorm": "NoNormalization", "zscore": "ZScoreNormalization",
     "rescale_to_0_1": "RescaleTo01Normalization", "rgb_to_0_1": "RGBTo01Normalization",
 }  # fmt: skip
-_READERS = {".nii": "NibabelIO"}  # what nnU-Net would read the files with; SimpleITKIO reads all other formats
+_READERS = ("SimpleITKIO", "NibabelIO")  # of nnU-Net; both take images as they are stored, and so do we
 
 
 class Preset(NamedTuple):
@@ -118,8 +118,7 @@ def make_plan(
         "plans_name": preset.plans_name,
         "original_median_spacing_after_transp": np.median(fingerprint.spacings, axis=0)[forward].tolist(),
         "original_median_shape_after_transp": [round(n) for n in original.tolist()],
-        "image_reader_writer": dataset.json.get("overwrite_image_reader_writer")
-        or _READERS.get(dataset.file_ending, "SimpleITKIO"),
+        "image_reader_writer": _reader(dataset, planning.notes),
         "transpose_forward": forward,
         "transpose_backward": np.argsort(forward).tolist(),
         "configurations": {name: entries[name] for name in sorted(entries)},
@@ -129,6 +128,18 @@ def make_plan(
         **({OVERRIDES_KEY: wishes} if (wishes := {k: v for k, v in vars(overrides).items() if v is not None}) else {}),
     })
     return replace(plan, notes=tuple(planning.notes))
+
+
+def _reader(dataset: Dataset, notes: list[str]) -> str:
+    """nnU-Net's reader that gives the same arrays as ours; another one that the dataset asks for is noted."""
+    wished = dataset.json.get("overwrite_image_reader_writer")
+    if wished in _READERS:
+        return wished
+    usual = "NibabelIO" if dataset.file_ending == ".nii" else "SimpleITKIO"
+    if wished not in (None, "None"):
+        notes.append(f"dataset.json asks for the reader {brief(wished)}, which is not used here: images are read as they are stored, like "
+                     f"by {usual}, which the plan names")
+    return usual
 
 
 # ------------------------------------------------------------------------------------------------------ target spacing

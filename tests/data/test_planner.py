@@ -207,3 +207,14 @@ def test_real_plans_equal_nnunets_in_every_field(real_data, real_parity, name, p
     want = json.loads((folder / f"{file}.json").read_text())
     found = make_plan(dataset, fingerprint, planner)
     assert found.to_json() == want and Plan.from_json(want) == found
+
+
+@pytest.mark.parametrize(("wished", "ending", "planned", "noted"), [
+    (None, ".nii.gz", "SimpleITKIO", False), ("None", ".nii", "NibabelIO", False), ("NibabelIO", ".nii.gz", "NibabelIO", False),
+    ("NibabelIOWithReorient", ".nii.gz", "SimpleITKIO", True), (["odd"], ".nii", "NibabelIO", True)])
+def test_the_plan_names_a_reader_that_takes_images_as_they_are_taken_here(tmp_path, wished, ending, planned, noted):
+    dataset = dataset_of(tmp_path)
+    dataset = dataclasses.replace(dataset, file_ending=ending, json=dataset.json | {"overwrite_image_reader_writer": wished})
+    plan = make_plan(dataset, fingerprint_of((1, 1, 1), (36, 50, 35)))
+    assert plan.image_reader_writer == planned
+    assert [f"reader {wished!r}, which is not used here" in note for note in plan.notes] == [True] * noted
