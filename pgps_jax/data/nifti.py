@@ -73,7 +73,7 @@ def write_volume(path: Path, array: Shaped[np.ndarray, "d h w"], affine: Float[n
     them); floats become float32.
     """
     array = array.astype(_stored_type(array), copy=False)
-    temporary = path.with_name(f".writing.{path.name}")
+    temporary = path.with_name(f".writing.{os.getpid()}.{path.name}")
     try:
         if _is_sitk(path):
             _write_sitk(temporary, array, affine)
@@ -100,7 +100,7 @@ def read_channels(path: Path) -> tuple[Shaped[np.ndarray, "c d h w"], np.ndarray
     if len(image.shape) not in (3, 4):
         raise InputError(f"{path}: has {len(image.shape)} axes {image.shape}; want a volume (3) or channels of one (4)")
     array = _voxels(path, image, lambda image: np.asanyarray(image.dataobj))
-    return (array.T if array.ndim == 4 else array.T[None]), np.asarray(image.affine, np.float64)
+    return (array.T if array.ndim == 4 else array.T[None]), _affine(image)
 
 
 def axis_codes(affine: Float[np.ndarray, "4 4"]) -> str:
@@ -146,7 +146,11 @@ def _load_nifti(path: Path) -> Any:
         raise InputError(f"{path}: this file is missing")
     try:
         image = _nifti_kind(path).from_filename(path)
-        _check_claim(path, tuple(image.shape), image.header.get_data_dtype().itemsize)
+        stored = image.header.get_data_dtype()
+        if stored.kind not in "iuf":
+            raise InputError(f"{path}: holds {'colours' if stored.fields else 'complex numbers' if stored.kind == 'c' else stored.name} "
+                             f"({stored}); want one real number per voxel. Store each part as a channel of its own")
+        _check_claim(path, tuple(image.shape), stored.itemsize)
         return image
     except InputError:
         raise
@@ -202,8 +206,18 @@ def _open_nifti(path: Path) -> tuple[Any, Header]:
             f"{path}: has {len(shape)} axes {shape} where a 3D volume is expected; store each channel in its own file "
             "(CASE_0000, CASE_0001, ...), and a single slice as a volume of one slice"
         )
-    zooms = image.header.get_zooms()[:3]
-    return image, _checked_header(path, shape[2::-1], zooms[::-1], np.asarray(image.affine, np.float64))
+    spacing = tuple(float(zoom) * _mm_per_unit(image) for zoom in image.header.get_zooms()[2::-1])
+    return image, _checked_header(path, shape[2::-1], spacing, _affine(image))
+
+
+def _affine(image: Any) -> np.ndarray:
+    """Voxel (x, y, z) to world in mm, RAS+."""
+    return np.diag([*[_mm_per_unit(image)] * 3, 1.0]) @ np.asarray(image.affine, np.float64)
+
+
+def _mm_per_unit(image: Any) -> float:
+    """Files may count in metres or micrometres; ITK, and nnU-Net with it, converts both, and takes an unknown unit for mm."""
+    return {1: 1000.0, 3: 0.001}.get(int(image.header["xyzt_units"]) & 7, 1.0)
 
 
 def _checked_header(path: Path, shape: tuple, spacing: tuple, affine: np.ndarray) -> Header:

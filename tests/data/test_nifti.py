@@ -85,6 +85,27 @@ def test_four_axes_are_refused_unless_the_fourth_is_of_length_one(tmp_path):
     assert channels.shape == (2, 4, 3, 2) and channels.dtype == np.uint8 and affine.shape == (4, 4)
 
 
+@pytest.mark.parametrize(("unit", "mm"), [("mm", 1.0), ("meter", 1000.0), ("micron", 0.001), ("unknown", 1.0)])
+def test_spacing_and_place_are_in_millimetres_whatever_unit_the_file_counts_in(tmp_path, unit, mm):
+    affine = np.array([[0, -3.0, 0, 10], [2.0, 0, 0, 20], [0, 0, 4.0, 30], [0, 0, 0, 1]])
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), affine)
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "x.nii.gz")
+    header = read_header(tmp_path / "x.nii.gz")
+    np.testing.assert_allclose(header.spacing, np.array([4.0, 3.0, 2.0]) * mm)
+    np.testing.assert_allclose(header.affine[:3], affine[:3] * mm)
+    np.testing.assert_array_equal(read_channels(tmp_path / "x.nii.gz")[1], header.affine)
+
+
+@pytest.mark.parametrize(("dtype", "word"), [
+    (np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), "colours"), (np.complex64, "complex numbers")], ids=["colours", "complex"])
+def test_voxels_that_are_no_real_numbers_are_refused(tmp_path, dtype, word):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), dtype), np.eye(4)), tmp_path / "x.nii.gz")
+    for read in (read_volume, read_header, read_channels):
+        with pytest.raises(InputError, match=rf"x\.nii\.gz: holds {word} .*want one real number per voxel"):
+            read(tmp_path / "x.nii.gz")
+
+
 @pytest.mark.parametrize("fault", ["truncated", "text", "missing", "unknown kind", "spacing"])
 def test_what_cannot_be_read_is_named(tmp_path, fault):
     path = tmp_path / ("x.jpg" if fault == "unknown kind" else "x.nii.gz")
