@@ -9,6 +9,8 @@ from pgps_jax.errors import InputError, brief
 
 Label = int | tuple[int, ...]  # a tuple is a region: the union of several labels
 MOST_LABELS = 2**15 - 2  # label maps are int16, with -1 outside the body
+_PIECE = 2**18  # voxels that are translated at once
+_MOST_LISTED = 10  # values that are no labels
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,20 @@ class Labels:
     def encode(self, array: Num[np.ndarray, "*shape"]) -> Integer[np.ndarray, "*shape"]:
         """Label map of a file -> int16 labels 0..K. Raises ValueError listing the values that are no labels."""
         known = np.asarray(self.raw_values or self.all_labels + (() if self.ignore is None else (self.ignore,)))
-        below, above = known.min() - 1, known.max() + 1  # stand for everything outside the known range
+        below, above = int(known.min()) - 1, int(known.max()) + 1  # stand for everything outside the known range
         table = np.full(above - below + 1, -1, np.int16)
         table[known - below] = np.arange(len(known))
-        whole = np.rint(np.clip(np.nan_to_num(array, nan=below), below, above)).astype(np.int64)
-        encoded = table[whole - below]
-        unknown = (encoded < 0) | (np.abs(whole - array) > 1e-4)  # scaled headers give 0.9999999 for 1
-        if unknown.any():
-            found = np.unique(array[unknown])
-            raise ValueError(", ".join(f"{value:g}" for value in found[:10]) + (", ..." if len(found) > 10 else ""))
-        return encoded
+        encoded, flat, strange = np.empty(array.size, np.int16), array.reshape(-1), np.empty(0, array.dtype)
+        for start in range(0, array.size, _PIECE):  # so that what is in between takes no memory to speak of
+            piece = flat[start : start + _PIECE]
+            whole = np.rint(np.clip(np.nan_to_num(piece.astype(np.float64), nan=below), below, above))
+            labels = table[whole.astype(np.int64) - below]
+            unknown = (labels < 0) | (np.abs(whole - piece) > 1e-4)  # scaled headers give 0.9999999 for 1
+            strange = np.unique(np.concatenate([strange, piece[unknown]]))[: _MOST_LISTED + 1]
+            encoded[start : start + _PIECE] = labels
+        if len(strange):
+            raise ValueError(", ".join(f"{v:g}" for v in strange[:_MOST_LISTED]) + (", ..." if len(strange) > _MOST_LISTED else ""))
+        return encoded.reshape(array.shape)
 
     def decode(self, array: Integer[np.ndarray, "*shape"]) -> Integer[np.ndarray, "*shape"]:
         """Labels 0..K -> the integers that the dataset's files use."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import nibabel
@@ -240,6 +241,20 @@ def test_values_that_are_no_labels_are_listed():
     with pytest.raises(ValueError, match=r"-3, 0\.5, 2, nan"):
         labels.encode(np.array([0, 1, 2, -3, 0.5, np.nan, 2], np.float32))
     np.testing.assert_array_equal(labels.encode(np.array([0.99999994, 1e-7], np.float32)), [1, 0])
+
+
+def test_a_large_label_map_is_translated_in_pieces_that_take_little_memory():
+    labels = Labels(("background", "a", "b"), (0, 1, 2), raw_values=(0, 500, -3))
+    raw = np.random.default_rng(0).choice(np.array([0, 500, -3], np.float32), (2, 2**11, 2**11))
+    tracemalloc.start()
+    encoded = labels.encode(raw)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert encoded.dtype == np.int16 and peak < 4 * raw.size, "the int16 result takes half of it"
+    np.testing.assert_array_equal(labels.decode(encoded), raw)
+    raw[0, 0, 0], raw[-1, -1, -1] = 7, -7
+    with pytest.raises(ValueError, match=r"-7, 7$"):
+        labels.encode(raw)
 
 
 @pytest.mark.parametrize(
