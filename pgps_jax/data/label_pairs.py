@@ -40,7 +40,8 @@ def name_pairs(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
 
 def label_pairs(labels: Labels) -> tuple[tuple[int, int], ...]:
     """Pairs (left, right) of label values, by the labels' names; regions are left out, since they consist of labels."""
-    values = {n: v for n, v in zip(labels.names, labels.values, strict=True) if isinstance(v, int) and v > 0}
+    members = {n: v if isinstance(v, tuple) else (v,) for n, v in zip(labels.names, labels.values, strict=True)}
+    values = {name: value[0] for name, value in members.items() if len(value) == 1 and value[0] > 0}
     return tuple((values[left], values[right]) for left, right in name_pairs(values))
 
 

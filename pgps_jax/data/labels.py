@@ -11,6 +11,7 @@ Label = int | tuple[int, ...]  # a tuple is a region: the union of several label
 MOST_LABELS = 2**15 - 2  # label maps are int16, with -1 outside the body
 _PIECE = 2**18  # voxels that are translated at once
 _MOST_LISTED = 10  # values that are no labels
+WHOLE = 1e-4  # how far values of a label file may be from whole numbers: scaled headers give 0.9999999 for 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Labels:
             piece = flat[start : start + _PIECE]
             whole = np.rint(np.clip(np.nan_to_num(piece.astype(np.float64), nan=below), below, above))
             labels = table[whole.astype(np.int64) - below]
-            unknown = (labels < 0) | (np.abs(whole - piece) > 1e-4)  # scaled headers give 0.9999999 for 1
+            unknown = (labels < 0) | (np.abs(whole - piece) > WHOLE)
             strange = np.unique(np.concatenate([strange, piece[unknown]]))[: _MOST_LISTED + 1]
             encoded[start : start + _PIECE] = labels
         if len(strange):
@@ -100,6 +101,8 @@ class Labels:
         if len(entries) > MOST_LABELS:
             raise InputError(f'dataset.json: "labels" has {len(entries)} entries; at most {MOST_LABELS} can be told apart')
         values = {name: _label_value(name, value) for name, value in entries.items()}
+        if not any(isinstance(value, tuple) and len(value) > 1 for value in values.values()):
+            values = {name: value[0] if isinstance(value, tuple) else value for name, value in values.items()}  # no regions: nnU-Net's rule
         if values.get("background") != 0:
             raise InputError('dataset.json: "labels" must contain "background": 0')
         ignore = values.pop("ignore", None)
@@ -119,7 +122,7 @@ def _label_value(name: str, value: object) -> Label:
     members = value if isinstance(value, list) else [value]
     if not members or not all(isinstance(v, int) and not isinstance(v, bool) and abs(v) < 2**24 for v in members):
         raise InputError(f'dataset.json: label "{name}" is {brief(value)}; want an integer, or a list of them for a region')
-    return tuple(members) if len(members) > 1 else members[0]
+    return tuple(members) if isinstance(value, list) and not (len(members) == 1 and name in ("background", "ignore")) else members[0]
 
 
 def _with_class_order(labels: Labels, order: object) -> Labels:

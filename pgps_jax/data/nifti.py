@@ -116,10 +116,20 @@ def reorient(
     Raises:
         InputError: `codes` does not name each body axis once.
     """
-    check_orientation(codes)
-    transform = ornt_transform(io_orientation(affine), axcodes2ornt(codes))
+    transform = _transform(affine, codes)
     new_affine = affine @ nibabel.orientations.inv_ornt_aff(transform, array.T.shape)
     return np.ascontiguousarray(apply_orientation(array.T, transform).T), new_affine
+
+
+def reordered(spacing: Spacing, affine: Float[np.ndarray, "4 4"], codes: str) -> Spacing:
+    """Spacing of the array that `reorient` makes of one with this spacing and affine."""
+    x_to_z = spacing[::-1]
+    return tuple(x_to_z[int(axis)] for axis in np.argsort(_transform(affine, codes)[:, 0]))[::-1]
+
+
+def _transform(affine: np.ndarray, codes: str) -> np.ndarray:
+    check_orientation(codes)
+    return ornt_transform(io_orientation(affine), axcodes2ornt(codes))
 
 
 def check_orientation(codes: str) -> None:

@@ -166,6 +166,7 @@ def write_plan(plan: Plan, path: Path) -> None:
     write_json(path, content, indent=4)
 
 
+_RESAMPLING_DEFAULTS = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": False, "separate_z_anisotropy_threshold": 3}
 PLANNED_NAMES = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 
 
@@ -225,6 +226,22 @@ def configuration_from_json(name: str, entry: dict, slice_spacing: float = 1.0) 
         raise InputError(f"plans: configuration {name!r} has no {key}") from None
     except (TypeError, ValueError, IndexError, OverflowError, MemoryError) as error:
         raise InputError(f"plans: configuration {name!r} has a value of an unexpected form ({error})") from None
+
+
+def check_preprocessing(configuration: Configuration) -> None:
+    """Raise InputError where a plan asks for other preprocessing than nnU-Net's default, which is the only one done here."""
+    done = _preprocessing()
+    other = [f"{key} {brief(value)}" for key, value in configuration.entry.items() if key in done and not _same(value, done[key])]
+    if other:
+        raise InputError(f"plans: configuration {configuration.name!r} asks for {', '.join(other)}; only nnU-Net's default preprocessing "
+                         "and resampling are done here. Plan the dataset anew, or use nnU-Net for this plan")
+
+
+def _same(value: object, done: object) -> bool:
+    """Do two settings of resampling mean the same? What arguments do not name has nnU-Net's default."""
+    if isinstance(value, dict) and isinstance(done, dict):
+        return _RESAMPLING_DEFAULTS | value == _RESAMPLING_DEFAULTS | done
+    return value == done
 
 
 def _folder_name(text: object) -> str:

@@ -167,13 +167,6 @@ def resample_image(
     return out
 
 
-def resample_probabilities(
-    scores: Float[np.ndarray, "k d h w"], new_shape: Size, spacing: Spacing, new_spacing: Spacing
-) -> Float[np.ndarray, "k d2 h2 w2"]:
-    """Resample logits or probabilities: linear, or linear in plane and nearest along the coarse axis."""
-    return resample_image(scores, new_shape, spacing, new_spacing, order=1)
-
-
 def resample_volume(
     volume: Float[np.ndarray, "d h w"], new_shape: Size, spacing: Spacing, new_spacing: Spacing, order: int
 ) -> Float[np.ndarray, "d2 h2 w2"]:

@@ -1,7 +1,5 @@
 """Keep only the largest component of a structure where cross-validation shows that this helps; nnU-Net's rule."""
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,11 +13,11 @@ from scipy import ndimage
 
 from pgps_jax.data.dataset import default_workers
 from pgps_jax.data.labels import Label, Labels
-from pgps_jax.data.nifti import read_volume, write_volume
+from pgps_jax.data.nifti import write_volume
 from pgps_jax.errors import InputError, brief
 from pgps_jax.evaluate.metrics import Metrics, overlap_metrics
-from pgps_jax.evaluate.summary import ENDINGS, match_files, mean_over, read_label_pair
-from pgps_jax.json_file import read_json
+from pgps_jax.evaluate.summary import label_maps, match_files, mean_over, read_label_map, read_label_pair
+from pgps_jax.json_file import read_json, write_json
 
 Progress = Callable[[int, int], None]
 
@@ -138,9 +136,7 @@ def write_postprocessing(decision: Decision, path: Path) -> None:
         "mean_dice_before": {str(label): dice for label, dice in decision.before.items()},
         "mean_dice_after": {str(label): dice for label, dice in decision.after.items()},
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
+    write_json(path, content, indent=1)
 
 
 def read_postprocessing(path: Path) -> Postprocessing:
@@ -159,14 +155,17 @@ def read_postprocessing(path: Path) -> Postprocessing:
 def apply_postprocessing(
     postprocessing: Postprocessing, folder: Path, output: Path, progress: Progress | None = None
 ) -> None:
-    """Write every label map of `folder` postprocessed to `output` under the same name; both may be the same folder."""
-    files = sorted(path for path in Path(folder).iterdir() if path.name.endswith(ENDINGS))
-    if not files:
-        raise InputError(f"{folder} holds no label maps ({', '.join(ENDINGS)}) to postprocess.")
-    output.mkdir(parents=True, exist_ok=True)
-    for done, path in enumerate(files, start=1):
-        volume = read_volume(path)
-        seg = np.rint(volume.array).astype(np.int32)
-        write_volume(output / path.name, postprocessing(seg), volume.affine)
-        if progress:
-            progress(done, len(files))
+    """Write every label map of `folder` postprocessed to `output` under the same name; both may be the same folder.
+
+    Raises InputError: no folder, no label maps, a file that is none, or `output` cannot be written.
+    """
+    files = label_maps(folder)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for done, (case, path) in enumerate(files.items(), start=1):
+            volume = read_label_map(case, path)
+            write_volume(output / path.name, postprocessing(volume.array), volume.affine)
+            if progress:
+                progress(done, len(files))
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror or error}); name another output folder") from None

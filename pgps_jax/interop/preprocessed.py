@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pgps_jax.data.store import CaseStore, StoredCase
+from pgps_jax.data.store import CaseStore, Preprocessed, StoredCase
+from pgps_jax.errors import InputError
 
 
 def export_properties(folder: Path, progress: Callable[[int, int], None] | None = None) -> None:
@@ -21,19 +22,30 @@ def export_properties(folder: Path, progress: Callable[[int, int], None] | None 
         progress: called with (cases done, cases in all).
 
     Raises:
-        InputError: the folder does not exist, or a case is damaged.
+        InputError: the folder does not exist or holds no cases, or a case is damaged.
     """
     store = CaseStore(Path(folder))
+    if not store.ids:
+        inner = sorted(path.parent.name for path in store.folder.glob("*/properties"))
+        raise InputError(f"{folder}: holds no preprocessed cases"
+                         + (f"; name one of the folders in it: {', '.join(inner)}" if inner else "; preprocess the dataset first"))
     for done, case_id in enumerate(store.ids, start=1):
-        path = store.folder / f"{case_id}.pkl"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(pickle.dumps(nnunet_properties(store.open(case_id))))
-        os.replace(temporary, path)
+        write_properties(store.folder / f"{case_id}.pkl", store.open(case_id))
         if progress:
             progress(done, len(store.ids))
 
 
-def nnunet_properties(case: StoredCase) -> dict:
+def write_properties(path: Path, case: StoredCase | Preprocessed) -> None:
+    """Write one case's properties as nnU-Net's pickle, atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(pickle.dumps(nnunet_properties(case)))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def nnunet_properties(case: StoredCase | Preprocessed) -> dict:
     """A case's properties under nnU-Net's keys: geometry for both of its NIfTI readers, locations with channel 0."""
     properties = {
         key: case.properties[key]

@@ -102,3 +102,13 @@ def test_postprocessing_in_place_overwrites_the_folder(tmp_path):
     theirs = GOLDEN / "postprocessing_label_two_only" / "postprocessed"
     for path in theirs.iterdir():
         np.testing.assert_array_equal(read_volume(tmp_path / "pred" / path.name).array, read_volume(path).array)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_hidden_files_are_left_alone(tmp_path):
+    shutil.copytree(GOLDEN / "postprocessing_label_two_only" / "pred", tmp_path / "pred")
+    (tmp_path / "pred" / "._x.nii.gz").write_bytes(b"no label map")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"):
+        apply_postprocessing(Postprocessing((2,)), tmp_path / "pred", tmp_path / "file" / "out")
+    apply_postprocessing(Postprocessing((2,)), tmp_path / "pred", tmp_path / "out")
+    assert not (tmp_path / "out" / "._x.nii.gz").exists()

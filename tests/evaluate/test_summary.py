@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgps_jax.data.dataset import Labels
-from pgps_jax.data.nifti import write_volume
+from pgps_jax.data.nifti import read_volume, write_volume
 from pgps_jax.errors import InputError
 from pgps_jax.evaluate.metrics import overlap_metrics
-from pgps_jax.evaluate.summary import evaluate_folder, summarise
+from pgps_jax.evaluate.summary import evaluate_folder, summarise, without_prediction
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "evaluate"
 OURS = {"foreground_mean_nan_safe", "cases_behind_mean"}
@@ -123,3 +123,52 @@ def test_bad_folders_are_refused_by_name_and_leave_nothing_behind(folders):
     with pytest.raises(InputError, match="b_poor"):
         evaluate_folder(predictions, references, labels)
     assert not (predictions / "summary.json").exists()
+
+
+def test_hidden_files_are_no_predictions_and_references_without_prediction_are_counted(folders):
+    predictions, references = folders
+    for name in ("._a_good.nii.gz", ".writing.new.nii.gz"):
+        (predictions / name).write_bytes(b"no label map")
+        (references / name).write_bytes(b"no label map")
+    (predictions / "b_poor.nii.gz").unlink()
+    assert len(evaluate_folder(predictions, references, labels_of([1, 2]))["metric_per_case"]) == 7
+    assert without_prediction(predictions, references) == ["b_poor"]
+
+
+def test_labels_next_to_whole_numbers_are_read_as_training_reads_them(folders):
+    predictions, references = folders
+    exact = evaluate_folder(predictions, references, labels_of([1, 2]))
+    for folder, off in ((predictions, 0.99998), (references, 1.00001)):
+        volume = read_volume(folder / "a_good.nii.gz")
+        write_volume(folder / "a_good.nii.gz", (volume.array * off).astype(np.float32), volume.affine)
+    assert evaluate_folder(predictions, references, labels_of([1, 2]))["mean"] == exact["mean"]
+
+
+def test_a_place_for_the_summary_that_does_not_exist_is_refused_before_anything_is_read(folders):
+    predictions, references = folders
+    (predictions / "a_good.nii.gz").write_bytes(b"not read")
+    with pytest.raises(InputError, match=r"nowhere.*cannot be written"):
+        evaluate_folder(predictions, references, labels_of([1, 2]), output=predictions / "nowhere" / "summary.json")
+
+
+def test_all_folds_of_a_run_are_evaluated_together(folders, tmp_path):
+    predictions, references = folders
+    whole = evaluate_folder(predictions, references, labels_of([1, 2]))
+    for i, path in enumerate(sorted(predictions.glob("*.nii.gz"))):
+        for fold in (i % 2, "all"):
+            target = tmp_path / "run" / f"fold_{fold}" / "validation"
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    merged = evaluate_folder(tmp_path / "run", references, labels_of([1, 2]))
+    assert merged["mean"] == whole["mean"] and (tmp_path / "run" / "summary.json").exists()
+    assert len(evaluate_folder(tmp_path / "run" / "fold_1", references, labels_of([1, 2]))["metric_per_case"]) == 4
+    shutil.copy(predictions / "a_good.nii.gz", tmp_path / "run" / "fold_1" / "validation")
+    with pytest.raises(InputError, match="case a_good was predicted in several folds"):
+        evaluate_folder(tmp_path / "run", references, labels_of([1, 2]))
+
+
+def test_a_region_of_one_label_is_called_as_nnunet_calls_it(folders):
+    content = {"labels": {"background": 0, "both": [1, 2], "core": [2]}, "regions_class_order": [1, 2]}
+    assert set(evaluate_folder(*folders, Labels.from_json(content))["mean"]) == {"(1, 2)", "(2,)"}
+    content = {"labels": {"background": 0, "edge": [1], "core": [2]}}
+    assert set(evaluate_folder(*folders, Labels.from_json(content))["mean"]) == {"1", "2"}, "without a larger region these are labels"

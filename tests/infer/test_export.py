@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pgps_jax.data.resample import resample_probabilities
+from pgps_jax.data.resample import resample_image
 from pgps_jax.infer.export import Grids, axis_taps, decide_classes, decide_regions, interpolate
 
 ISOTROPIC = ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
@@ -33,7 +33,7 @@ def blobs(num_classes, shape, seed=0):
 def test_classes_equal_resampling_them_all_and_taking_the_largest(shape, grids):
     logits = blobs(6, shape)
     values = (0, 1, 2, 3, 4, 300)
-    whole = resample_probabilities(logits, *grids)
+    whole = resample_image(logits, *grids, order=1)
     top = np.sort(whole, axis=0)
     clear = top[-1] - top[-2] > 1e-5  # the sums run in another order, so that ties may fall either way
     ours = decide_classes(logits, grids, values)
@@ -46,7 +46,7 @@ def test_classes_equal_resampling_them_all_and_taking_the_largest(shape, grids):
 @pytest.mark.parametrize(("shape", "grids"), GRIDS)
 def test_regions_equal_resampling_them_all_and_writing_in_order(shape, grids):
     logits = blobs(4, shape)[1:] - 4
-    whole = resample_probabilities(logits, *grids)
+    whole = resample_image(logits, *grids, order=1)
     expected = np.zeros(grids.shape, int)
     for k, value in enumerate((2, 1, 3)):
         expected[whole[k] > 0] = value
@@ -75,7 +75,7 @@ def test_classes_that_never_win_are_absent_and_equals_go_to_the_first():
 @pytest.mark.parametrize(("shape", "grids"), GRIDS)
 def test_interpolation_equals_that_of_preprocessing(shape, grids):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    expected = resample_probabilities(x[None], *grids)[0]
+    expected = resample_image(x[None], *grids, order=1)[0]
     np.testing.assert_allclose(interpolate(x, axis_taps(shape, grids)), expected, atol=2e-6)
 
 
