@@ -3,6 +3,8 @@
 import dataclasses
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pgps_jax.architecture import Architecture
 from pgps_jax.chosen_network import nearest_patch, with_network
@@ -46,6 +48,36 @@ def test_the_nearest_patch_is_taken_and_said_and_the_curriculum_follows(backbone
     schedule = make_schedule(CurriculumConfig(), patch, 2, limits(asked.architecture), 1000, 10)
     assert len(schedule.stages) == stages
     assert schedule.stages[-1].patch_size == patch
+
+
+@settings(deadline=None)
+@given(
+    patch=st.tuples(*[st.integers(1, 200)] * 3),
+    strides=st.lists(st.tuples(*[st.sampled_from([1, 2, 2, 3])] * 3), min_size=1, max_size=5),
+    mode=st.sampled_from(["constant", "efficiency", "performance", "pgps", "pgps-plus"]),
+    backbone=st.sampled_from(["plain-unet", "resenc-unet"]),
+    is_2d=st.booleans(),
+)
+def test_any_planned_patch_is_rounded_to_one_that_the_u_net_takes_and_training_ends_at_it(patch, strides, mode, backbone, is_2d):
+    if is_2d:
+        patch, strides = (1, *patch[1:]), [(1, *stride[1:]) for stride in strides]
+    n = len(strides) + 1
+    architecture = Architecture(backbone, (4,) * n, (K3,) * n, (S1, *strides), (2,) * n, (2,) * (n - 1))
+    planned = dataclasses.replace(PLANNED, patch_size=patch, architecture=architecture, is_2d=is_2d)
+    asked, said = chosen(planned)
+    smallest, increment = limits(architecture)
+    for edge, before, low, step in zip(asked.patch_size, patch, smallest, increment, strict=True):
+        assert edge >= low and (edge - low) % step == 0
+        assert abs(edge - before) <= step / 2 or edge == low > before
+    assert (asked.patch_size == patch) == (not said)
+    schedule = make_schedule(CurriculumConfig(mode=mode), asked.patch_size, 2, limits(asked.architecture), 300, 10)
+    assert schedule.stages[-1].patch_size == asked.patch_size
+
+
+def test_a_patch_that_does_not_divide_is_rounded_and_said():
+    asked, (sentence,) = chosen(dataclasses.replace(PLANNED, patch_size=(42, 56, 5)))
+    assert asked.patch_size == (40, 56, 8)
+    assert "42x56x5" in sentence and "40x56x8" in sentence and "plain-unet" in sentence
 
 
 def test_positions_are_learnt_for_the_largest_patch_unless_another_is_given():

@@ -65,6 +65,15 @@ def test_the_fields_that_may_change_exist():
     assert {f.name for f in dataclasses.fields(RunConfig)} >= FREE_TO_CHANGE
 
 
+def test_patches_are_drawn_as_in_the_paper_of_the_mode_unless_asked_otherwise():
+    def scheme(mode, **sampling):
+        return RunConfig(Path("x"), curriculum=CurriculumConfig(mode=mode), sampling=SamplingConfig(**sampling)).sampling_of_mode.scheme
+
+    assert {scheme(mode) for mode in ("pgps", "pgps-plus", "rpss")} == {"per-case"}
+    assert {scheme(mode) for mode in ("constant", "efficiency", "performance", "reversed", "random-order")} == {"paired"}
+    assert (scheme("pgps", scheme="paired"), scheme("performance", scheme="per-case")) == ("paired", "per-case")
+
+
 def parsed(*arguments):
     return tyro.cli(Command, args=["train", "raw", *arguments], config=(tyro.conf.OmitSubcommandPrefixes,))
 

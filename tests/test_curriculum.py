@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from pgps_jax.curriculum import (
     CurriculumConfig,
     Schedule,
     Stage,
+    all_stages,
     make_schedule,
     parts_at_least,
     patch_ladder,
@@ -206,6 +209,8 @@ def test_the_json_of_a_long_staircase_is_short():
     {"stages": [{"patch_size": [8, 8, 8], "batch_size": 1}], "stage_of_step": "0 1", "case_pool_of_step": "1x2"},
     {"stages": [{"patch_size": [8, 8, 8], "batch_size": 1}], "stage_of_step": "zero", "case_pool_of_step": "1"},
     {"stages": [], "stage_of_step": "", "case_pool_of_step": ""},
+    {"stages": [{"patch_size": [8, 8, 8], "batch_size": 1}], "stage_of_step": "0x3", "case_pool_of_step": "0x2 1"},
+    {"stages": [{"patch_size": [8, 8, 8], "batch_size": 1}], "stage_of_step": "0x3", "case_pool_of_step": "-1x3"},
 ])
 def test_a_file_that_is_no_schedule_is_refused(broken):
     with pytest.raises(InputError, match=r"schedule\.json"):
@@ -262,12 +267,46 @@ def test_the_case_pool_grows_as_told_and_ends_with_all_cases():
     assert pool(case_curriculum="pdl-two-stage")[[0, 9, 10, 49], 0].tolist() == [3, 3, 10, 10]
 
 
+def pools(cases, epochs, steps_per_epoch=10, num_steps=None, **config):
+    whole = epochs * steps_per_epoch
+    return make_schedule(CurriculumConfig(**config), **HIPPOCAMPUS, num_steps=num_steps or whole, steps_per_epoch=steps_per_epoch,
+                         num_cases=cases, whole_steps=whole).case_pool_of_step
+
+
+@settings(deadline=None)
+@given(cases=st.integers(1, 300), share=st.floats(0.01, 1), case_epochs=st.integers(1, 20), steps_per_epoch=st.integers(1, 20),
+       curriculum=st.sampled_from(["pdl", "pdl-two-stage"]), fewer=st.integers(1, 50))
+def test_epochs_too_few_for_all_cases_are_refused_naming_those_that_do(cases, share, case_epochs, steps_per_epoch, curriculum, fewer):
+    asked = dict(case_curriculum=curriculum, case_share=share, case_epochs=case_epochs)
+    try:
+        pools(cases, 1, steps_per_epoch, **asked)
+        enough = 1
+    except InputError as error:
+        enough = int(re.search(r"--epochs (\d+) or more", str(error))[1])
+        with pytest.raises(InputError, match="--case-curriculum"):
+            pools(cases, enough - 1, steps_per_epoch, **asked)
+    pool = pools(cases, enough, steps_per_epoch, **asked)
+    assert pool[-1] == cases and (np.diff(pool) >= 0).all()
+    short = pools(cases, enough, steps_per_epoch, max(1, len(pool) // fewer), **asked)  # as a time budget would have it
+    assert short[-1] == cases and set(short) <= set(pool)
+
+
+def test_stages_that_a_machine_had_a_say_in_keep_their_batches_in_every_order():
+    mine = tuple(replace(stage, batch_size=4 + stage.index, parts=2) for stage in all_stages(CurriculumConfig(), (40, 56, 40), 9, EIGHTS))
+    of_patch = {stage.patch_size: (stage.batch_size, stage.parts) for stage in mine}
+    for mode, epochs in (("efficiency", 1000), ("efficiency", 4), ("reversed", 4), ("random-order", 1000)):
+        ours = make_schedule(CurriculumConfig(mode=mode), **HIPPOCAMPUS, num_steps=epochs, steps_per_epoch=1, stages=mine)
+        assert all((stage.batch_size, stage.parts) == of_patch[stage.patch_size] for stage in ours.stages)
+        assert [stage.index for stage in ours.stages] == list(range(len(ours.stages)))
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (dict(plan=HIPPOCAMPUS | {"patch_size": (40, 52, 40)}), "40x52x40: edge 52 along axis h"),
     (dict(plan=HIPPOCAMPUS | {"patch_size": (40, 56, 4)}), "40x56x4: edge 4 along axis w"),
     (dict(plan=HIPPOCAMPUS | {"batch_size": 0}), "batch size must be at least 1"),
     (dict(num_steps=0), "number of steps must be at least 1"),
-    (dict(case_share=0.0), "case-share must be above 0"),
+    (dict(case_share=0.0), "--case-share 0.0: must be above 0"),
+    (dict(schedule_seed=-1, mode="rpss"), "--schedule-seed -1: must be at least 0"),
 ])
 def test_bad_input_is_refused_in_a_sentence(change, message):
     with pytest.raises(InputError, match=message):

@@ -45,7 +45,7 @@ def test_a_generous_budget_leaves_the_number_of_steps_alone():
 def test_the_rest_is_rescaled_and_the_past_is_kept(mode, step, factor):
     before = maker(mode)(1000)
     rest = seconds_of(before, seconds) - float(sum(seconds(before.stage_at(i)) for i in range(step)))
-    after = rescale_rest(before, step, seconds, factor * rest)
+    after = rescale_rest(before, step, seconds, factor * rest, 5000)
     assert np.array_equal(after.stage_of_step[:step], before.stage_of_step[:step])
     assert after.stages == before.stages and len(after.case_pool_of_step) == after.num_steps
     assert after.stage_at(after.num_steps - 1) == before.stage_at(999)
@@ -54,9 +54,15 @@ def test_the_rest_is_rescaled_and_the_past_is_kept(mode, step, factor):
         assert (np.diff(after.stage_of_step) >= 0).all()
 
 
+@pytest.mark.parametrize("seconds_left", [1e3, 1e12, float("inf")])
+def test_however_much_time_is_left_there_are_no_more_steps_than_allowed(seconds_left):
+    after = rescale_rest(maker()(1000), 400, lambda stage: 1e-6, seconds_left, 1700)
+    assert after.num_steps == 1700 and after.stage_at(1699).patch_size == (40, 56, 40)
+
+
 def test_rescaling_to_the_time_it_takes_anyway_changes_nothing():
     before = maker()(1000)
-    after = rescale_rest(before, 0, seconds, seconds_of(before, seconds) * (1 + 1e-9))
+    after = rescale_rest(before, 0, seconds, seconds_of(before, seconds) * (1 + 1e-9), 1000)
     assert np.array_equal(after.stage_of_step, before.stage_of_step)
     assert seconds_of(before, dict(zip(before.stages, map(seconds, before.stages), strict=True))) == pytest.approx(
         seconds_of(before, seconds))

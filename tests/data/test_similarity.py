@@ -123,3 +123,8 @@ def test_the_ranking_is_kept_and_read_again_only_for_the_same_cases(tmp_path, mo
     assert set(ranked_cases(path, store, ["case0", "case2"])) == {"case0", "case2"} and len(read) == 6
     path.write_text("{ not json")
     assert ranked_cases(path, store, ids) == first and len(read) == 10
+
+    image = rng.random((2, 9, 9, 9)).astype(np.float32)  # a case that was preprocessed otherwise since then
+    write_case(folder, ids[0], Preprocessed(image, np.zeros((1, 9, 9, 9), np.int16), {}, {1: np.zeros((0, 3), np.int32)}), (8, 8, 8))
+    ranked_cases(path, store, ids)
+    assert len(read) == 14

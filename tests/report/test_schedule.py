@@ -57,6 +57,18 @@ def test_the_table_shows_memory_only_where_it_is_known():
     assert "0.983 of the voxels of constant-patch training" in printed(None)
 
 
+def test_the_cases_in_use_are_shown_where_they_change():
+    limits = PatchLimits((8, 8, 8), (8, 8, 8))
+    config = CurriculumConfig(mode="efficiency", case_curriculum="pdl", case_epochs=40)
+    rows = stage_rows(make_schedule(config, (40, 56, 40), 9, limits, 1000, 1, num_cases=100), (40, 56, 40), 9)
+    assert rows[0]["cases"] == [25, 50] and rows[-1]["cases"] == [100, 100]
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(schedule_table(rows))
+    console.print(schedule_table(stage_rows(schedule((40, 56, 40), 9, 8, "efficiency"), (40, 56, 40), 9)))
+    text = console.export_text()
+    assert "25 to 50" in text and text.count("cases") == 1
+
+
 @pytest.mark.parametrize(("mode", "names"), [("performance", ("a", "b")), ("rpss", ("a",)), ("rpss", ())])
 def test_the_picture_is_written_whole(tmp_path, mode, names):
     ours = schedule((40, 56, 40), 9, 8, mode, num_steps=5000)

@@ -1,5 +1,6 @@
 """Batch sizes from compiled programs and a budget, without executing anything."""
 
+import math
 import types
 
 import jax
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from pgps_jax.curriculum import Stage
 from pgps_jax.errors import InputError
+from pgps_jax.host_memory import gib
 from pgps_jax.train.memory import (
     MOST_COMPILES,
     choose_batch_size,
@@ -111,12 +113,13 @@ def test_limits_other_than_memory_are_named():
     assert by_caller.batch_size == 12 and "limited by its upper limit" in by_caller.reason
 
 
-def test_prefetched_batches_count():
-    def choose(extra):
-        return choose_batch_size(lambda batch: Compiled(100 * batch), STAGE, 10_000, elements_per_patch=1,
-                                 extra_bytes_per_patch=extra).batch_size
+def test_what_a_batch_needs_outside_of_the_program_counts():
+    def choose(outside):
+        return choose_batch_size(lambda batch: Compiled(100 * batch), STAGE, 10_000, elements_per_patch=1, outside=outside).batch_size
 
-    assert choose(0) == 100 and choose(25) == 80
+    assert choose(lambda batch: 0) == 100
+    assert choose(lambda batch: 25 * batch) == 80
+    assert choose(lambda batch: 5000 + 25 * batch) == 40
 
 
 def test_a_patch_that_does_not_fit_at_all_is_refused_with_the_way_out():
@@ -159,3 +162,9 @@ def test_the_share_of_dataset():
     assert share_of_dataset(260 * 36 * 50 * 35, (40, 56, 40)) == 9
     assert share_of_dataset(1000, (128, 128, 128)) == 2
     assert share_of_dataset(10**9, (10, 10, 10)) == 50_000
+
+
+def test_an_accelerator_that_tells_no_limit_has_an_unknown_one_not_that_of_the_host():
+    assert device_budget(0.9, [None], "tpu") == device_budget(0.9, [{"bytes_in_use": 5}], "gpu") == math.inf
+    assert device_budget(0.9, [None, dict(bytes_limit=1000, bytes_in_use=100)], "gpu") == 800
+    assert gib(device_budget(0.9, [None], "tpu")) == "an unknown amount"

@@ -90,6 +90,11 @@ def test_poly_learning_rate_equals_nnunets(golden):
         assert set(rates[int(epoch) * 250 : (int(epoch) + 1) * 250]) == {np.float32(rate)}
 
 
+def test_the_learning_rate_can_fall_at_every_step_to_almost_nothing():
+    rates = learning_rate_of_step(OptimConfig(), num_steps=3000, steps_per_epoch=1)
+    assert rates[0] == np.float32(0.01) and (np.diff(rates) < 0).all() and rates[-1] < 1e-5
+
+
 def test_learning_rate_follows_the_batch_size_only_when_asked():
     batches = np.repeat([72, 18, 9], 10)
     plain = learning_rate_of_step(OptimConfig(), 30, 10)
