@@ -4,51 +4,80 @@
     python -m benchmarks.all --only step epoch --dataset DATASET
     python -m benchmarks.all --device gpu --dataset DATASET    # about 20 minutes; half precision is checked first
 
-Each part runs in a process of its own, one after the other, and is left out when it takes too long; what one part fails at
-does not stop the others. Results lie under benchmarks/results/<device>/, the plot beside them. Needs the extra `bench`.
+Each part runs in a process of its own, one after the other, and is ended when it takes too long, with what it has written until
+then; what one part fails at does not stop the others. Results lie under benchmarks/results/<device>/, the plot beside them.
+Needs the extra `bench`.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def parts(device: str, dataset: Path | None) -> dict[str, list[str]]:
-    """Name -> arguments of `python -m benchmarks.<module>`, in the order in which they run; `{}` is the JSON file."""
-    workspace = ["--workspace", "pgps_workspace"]
+class Part(NamedTuple):
+    """Arguments of `python -m benchmarks.<module>`, where `{}` is the JSON file, and the minutes after which it is ended."""
+
+    arguments: list[str]
+    minutes: float = 30
+
+
+def parts(device: str, dataset: Path | None) -> dict[str, Part]:
+    """The parts by name, in the order in which they run."""
+    on = ["--device", device]
     if device == "gpu":
         found = {
-            "precision": ["precision"],
-            "step_hippocampus": ["step", "--device", "gpu", "--stages", "0", "4", "9", "14", "--turns", "3"],
-            "step_128": ["step", "--device", "gpu", "--plan", "128", "--stages", "0", "3", "6", "9", "--turns", "3"],
-            "memory_hippocampus": ["memory", "--device", "gpu", "--stages", "0", "7", "14"],
-            "memory_128": ["memory", "--device", "gpu", "--plan", "128", "--stages", "0", "4", "9"],
-            "epoch": ["epoch", "--device", "gpu", "--batch", "9"],
-            "stage_switch": ["stage_switch", "--features", "32", "--steps-per-stage", "300"],
+            "precision": Part(["precision"], 3),
+            "step_hippocampus": Part(["step", *on, "--stages", "0", "4", "9", "14", "--turns", "3"], 5),
+            "step_128": Part(["step", *on, "--plan", "128", "--stages", "0", "4", "9", "--turns", "3"], 6),
+            "memory_hippocampus": Part(["memory", *on, "--stages", "0", "7", "14"], 3),
+            "memory_128": Part(["memory", *on, "--plan", "128", "--stages", "0", "9"], 3),
+            "epoch": Part(["epoch", *on, "--batch", "9", "--turns", "1"], 5),
+            "infer": Part(["infer", *on], 4),
+            "stage_switch": Part(["stage_switch", "--features", "32", "--steps-per-stage", "100"], 9),
         }
-        training = ["--steps", "3000", "--batch", "9", "--features", "32", "--augment", "default"]
+        training = ["--modes", "constant", "efficiency", "--steps", "3000", "--batch", "9", "--features", "32", "--augment", "default"]
+        longest = 15
     else:
         found = {
-            "precision": ["precision", "--largest", "300000"],
-            "step": ["step", "--turns", "3", "--seconds", "0.5"],
-            "step_resenc": ["step", "--network", "resenc-unet", "--turns", "3", "--seconds", "0.5", "--stages", "0", "7", "15"],
-            "memory": ["memory", "--stages", "0", "7", "14"],
-            "epoch": ["epoch"],
-            "infer": ["infer"],
-            "augment": ["augment", "--peer"],
-            "stage_switch": ["stage_switch"],
+            "precision": Part(["precision", "--largest", "300000"]),
+            "step": Part(["step", "--turns", "3", "--seconds", "0.5"]),
+            "step_resenc": Part(
+                ["step", "--network", "resenc-unet", "--turns", "3", "--seconds", "0.5", "--stages", "0", "7", "15"]),
+            "memory": Part(["memory", "--stages", "0", "7", "14"]),
+            "epoch": Part(["epoch"]),
+            "infer": Part(["infer"]),
+            "augment": Part(["augment", "--peer"]),
+            "stage_switch": Part(["stage_switch"]),
         }
-        training = ["--steps", "1500"]
-    found = {name: [*arguments, "--output", "{}"] for name, arguments in found.items()}
+        training, longest = ["--steps", "1500"], 60
     if dataset:
-        found["curriculum"] = ["curriculum", str(dataset), *workspace, *training, "--output", "{}"]
-    return found
+        found["curriculum"] = Part(["curriculum", str(dataset), *on, "--workspace", "pgps_workspace", *training], longest)
+    return {name: part._replace(arguments=[*part.arguments, "--output", "{}"]) for name, part in found.items()}
+
+
+def finish(command: list[str], minutes: float) -> int | str:
+    """Exit code of a command, or that it took too long; what it has started ends with it."""
+    process = subprocess.Popen(command, start_new_session=True)  # with all its processes in one group
+    try:
+        return process.wait(60 * minutes)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # a chance to delete temporary folders
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        return "took too long"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def plot(step: dict, path: Path) -> None:
@@ -78,22 +107,21 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
     parser.add_argument("--dataset", type=Path, help="a dataset in nnU-Net's raw layout for whole trainings; left out when not given")
     parser.add_argument("--only", nargs="*", help="some of the parts")
-    parser.add_argument("--minutes", type=float, default=30, help="the longest that one part may take")
+    parser.add_argument("--minutes", type=float, help="the longest that a part may take; by default each has its own limit")
     options = parser.parse_args()
 
     folder = RESULTS / options.device
     folder.mkdir(parents=True, exist_ok=True)
     outcome = {}
-    for name, arguments in parts(options.device, options.dataset).items():
+    for name, part in parts(options.device, options.dataset).items():
         if options.only and name not in options.only:
             continue
-        module, *rest = (a.format(folder / f"{name}.json") if a == "{}" else a for a in arguments)
+        output = folder / f"{name}.json"
+        output.unlink(missing_ok=True)  # results of an earlier time are not those of this one
+        module, *rest = (str(output) if a == "{}" else a for a in part.arguments)
         print(f"\n{name}: python -m benchmarks.{module} {' '.join(rest)}", flush=True)
         began = time.perf_counter()
-        try:
-            code = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *rest], timeout=60 * options.minutes).returncode
-        except subprocess.TimeoutExpired:
-            code = "took too long"
+        code = finish([sys.executable, "-m", f"benchmarks.{module}", *rest], options.minutes or part.minutes)
         outcome[name] = {"exit": code, "seconds": round(time.perf_counter() - began, 1)}
         if name == "precision" and code:
             print("half precision is wrong on this device: nothing is timed")

@@ -6,7 +6,8 @@
 Every training starts with an empty compile cache in a process of its own, one after the other; seconds are those of the
 run's own log: steps, waiting for programs, validation while training. Dice is that of fold 0 over whole volumes, without
 mirroring. With --torch the same steps are made with PyTorch (constant and efficiency mode), its weights are imported and
-measured with the same predictor. Needs the extra `bench` for --torch only.
+measured with the same predictor. With --device gpu both compute in half precision, PyTorch with torch.compile. Needs the extra
+`bench` for --torch only.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from pgps_jax.train.device import choose_platform
+
 MODES = ("constant", "efficiency", "performance")
 
 
@@ -29,7 +32,7 @@ def command(name: str, options, mode: str, *more: str) -> list[str]:
         sys.executable, "-m", "pgps_jax.main", name, str(options.dataset), "--workspace", str(options.workspace), "--mode", mode,
         "--name", f"curriculum_{mode}_{options.steps}", "--batch-size", str(options.batch), "--epochs", str(epochs),
         "--steps-per-epoch", str(options.steps // epochs), "--validation-steps", "4", "--augment.preset", options.augment,
-        "--network.base-features", str(options.features), "--no-mirror-tta", *more,
+        "--network.base-features", str(options.features), "--no-mirror-tta", "--device", options.device, *more,
     ]
 
 
@@ -76,16 +79,19 @@ def torch_training(options, run: Path, mode: str, cases: Path) -> dict:
     planned, schedule = experiment.configuration, experiment.schedule
     pools = tuple(int(np.log2(n)) for n in np.prod(planned.architecture.strides, axis=0))
     plan = loader.BenchPlan(planned.patch_size, planned.batch_size, pools, (0, 0, 0), 0)
-    train_on = step.torch_trainer(planned.architecture, experiment.labels.num_outputs, "cpu", experiment.channels)
+    train_on = step.torch_trainer(planned.architecture, experiment.labels.num_outputs, options.device, experiment.channels)
+    where = {"cpu": "cpu", "gpu": "cuda"}[options.device]
     spent = 0.0
     for stage, first, count in schedule.runs():
         began = time.perf_counter()
+        if options.device == "gpu":
+            step.forget_shapes()
         batches = loader.nnunet_workers(loader.nnunet_loader(cases, stage, plan, list(experiment.train_ids)), options.cores)
         for number in range(first, first + count):
             train_on.optimizer.param_groups[0]["lr"] = float(experiment.learning_rates[number])
             found = next(batches)
             target = found["target"][0] if isinstance(found["target"], list) else found["target"]
-            train_on(found["data"], target[:, 0].long().clamp(min=0))
+            train_on(found["data"].to(where), target[:, 0].to(where).long().clamp(min=0))
         spent += time.perf_counter() - began
         batches._finish()
         print(f"PyTorch, {mode}: {first + count} of {experiment.num_steps} steps, {spent:.0f} s", flush=True)
@@ -103,7 +109,8 @@ def dice_of(network, experiment, run: Path) -> float:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        params = params_from_state_dict({k: v.detach().numpy() for k, v in network.state_dict().items()})
+        network = getattr(network, "_orig_mod", network)  # as it was before torch.compile
+        params = params_from_state_dict({k: v.detach().cpu().numpy() for k, v in network.state_dict().items()})
         write_nnunet_model(folder / "model", experiment.plan.to_json(), experiment.dataset_json, experiment.config.configuration,
                            {0: params}, (0, 1, 2))
         (imported,) = import_nnunet(folder / "model", folder / "run")
@@ -126,6 +133,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--features", type=int, default=16)
     parser.add_argument("--augment", default="light", choices=("none", "light", "default"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--torch", action="store_true", help="also train with PyTorch")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="JSON file for the results")
@@ -140,6 +148,8 @@ def main() -> None:
         rows.append(row)
         show(rows, options)
     if options.torch:
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch needs memory of the same device
+        choose_platform(options.device)
         with tempfile.TemporaryDirectory() as cases:
             experiment_folder = options.workspace / "preprocessed" / options.dataset.resolve().name
             nnunet_folder(next(p for p in experiment_folder.iterdir() if p.is_dir() and any(p.glob("*_seg.b2nd"))), Path(cases))

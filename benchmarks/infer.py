@@ -1,6 +1,7 @@
 """nnU-Net's predictor and ours on the same weights, volume and cores: seconds, ratio and agreement, as JSON.
 
     python -m benchmarks.infer --output benchmarks/results/infer.json      (needs the extra `bench`: torch, nnunetv2)
+    python -m benchmarks.infer --device gpu                                # the network on GPU: bfloat16 against float16
 
 Two parts: `tiles` is the sliding window with and without mirroring over a network as planned for Hippocampus (random
 weights); `export` is the way from logits back to a label map, for few and for many classes. Both sides run alternately
@@ -8,10 +9,10 @@ in one process; times are medians. A ratio below 1 means that ours is faster.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -33,6 +34,8 @@ from pgps_jax.infer.predict import make_predictor
 from pgps_jax.interop.nnunet_model import read_nnunet_model
 from pgps_jax.interop.nnunet_names import params_from_state_dict
 from pgps_jax.interop.pickles import read_checkpoint
+from pgps_jax.json_file import write_json
+from pgps_jax.train.device import choose_platform
 
 
 def plans_json(features: list[int], patch_size: list[int], spacing: list[float]) -> dict:
@@ -113,7 +116,9 @@ def alternate(repeats: int, **sides: Callable) -> tuple[dict[str, float], dict]:
     return {name: statistics.median(s[1:]) for name, s in seconds.items()}, results
 
 
-def bench_tiles(plans: dict, dataset: dict, image: np.ndarray, mirror: bool, repeats: int, weights: dict | None) -> dict:
+def bench_tiles(
+    plans: dict, dataset: dict, image: np.ndarray, mirror: bool, repeats: int, device: str, weights: dict | None = None
+) -> dict:
     """The sliding window of both sides over one preprocessed volume; random weights unless given (nnU-Net's names)."""
     manager = PlansManager(plans)
     configuration = manager.get_configuration("3d_fullres")
@@ -124,7 +129,8 @@ def bench_tiles(plans: dict, dataset: dict, image: np.ndarray, mirror: bool, rep
     if weights is not None:
         network.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
     peer = nnUNetPredictor(
-        use_mirroring=mirror, perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False)
+        use_mirroring=mirror, perform_everything_on_device=device == "gpu",
+        device=torch.device({"cpu": "cpu", "gpu": "cuda"}[device]), allow_tqdm=False)
     peer.manual_initialization(network, manager, configuration, [network.state_dict()], dataset, "bench", (0, 1, 2))
 
     plan = Plan.from_json(plans)
@@ -152,21 +158,21 @@ def bench_tiles(plans: dict, dataset: dict, image: np.ndarray, mirror: bool, rep
     }
 
 
-def bench_random(features: list[int], volume: list[int], mirror: bool, repeats: int) -> dict:
+def bench_random(features: list[int], volume: list[int], mirror: bool, repeats: int, device: str) -> dict:
     """`bench_tiles` of a network with random weights over noise, where neighbouring labels are nearly ties."""
     plans = plans_json(features, [40, 56, 40], [1.0, 1.0, 1.0])
     image = np.random.default_rng(0).normal(size=(1, *volume)).astype(np.float32)
-    return bench_tiles(plans, dataset_json(3), image, mirror, repeats, None)
+    return bench_tiles(plans, dataset_json(3), image, mirror, repeats, device)
 
 
-def bench_model(folder: Path, file: Path, mirror: bool, repeats: int) -> dict:
+def bench_model(folder: Path, file: Path, mirror: bool, repeats: int, device: str) -> dict:
     """`bench_tiles` of a model that nnU-Net trained, over a real image repeated twice along each axis."""
     model = read_nnunet_model(folder)
     plan, labels = Plan.from_json(model.plans), Labels.from_json(model.dataset)
     raw = read_case(Case("case", (file,), None))
     image = preprocess_case(raw, plan, plan.configurations[model.configuration], labels).image
     weights = read_checkpoint(next(folder.glob("fold_*/checkpoint_final.pth")))["network_weights"]
-    return bench_tiles(model.plans, model.dataset, np.tile(image, (1, 2, 2, 2)), mirror, repeats, weights)
+    return bench_tiles(model.plans, model.dataset, np.tile(image, (1, 2, 2, 2)), mirror, repeats, device, weights)
 
 
 def bench_export(num_classes: int, shape: list[int], new_shape: list[int], repeats: int) -> dict:
@@ -209,19 +215,23 @@ def main() -> None:
     """Run all parts, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/infer.json"))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"], help="of the networks; the export is the host's work")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", type=Path, help="results folder of a model that nnU-Net trained, measured as well")
     parser.add_argument("--image", type=Path, help="an image for that model")
     arguments = parser.parse_args()
-    planned, repeats = [32, 64, 128, 256], arguments.repeats
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other side needs memory of the same device
+    choose_platform(arguments.device)
+    planned, repeats, device = [32, 64, 128, 256], arguments.repeats, arguments.device
     runs = [
-        lambda: bench_random(planned, [60, 84, 60], False, repeats),
-        lambda: bench_random(planned, [40, 56, 60], True, repeats),
+        lambda: bench_random(planned, [60, 84, 60], False, repeats, device),
+        lambda: bench_random(planned, [40, 56, 60], True, repeats, device),
         lambda: bench_export(3, [80, 120, 120], [100, 180, 180], repeats),
         lambda: bench_export(60, [60, 90, 90], [80, 130, 130], repeats),
     ]
     if arguments.model:
-        runs.append(lambda: bench_model(arguments.model, arguments.image, True, repeats))
+        runs.append(lambda: bench_model(arguments.model, arguments.image, True, repeats, device))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     rows, busy = [], os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     for run in runs:
         rows.append(run())
@@ -229,16 +239,18 @@ def main() -> None:
         seconds = row["seconds"]
         print(f"{row['what']:7} nnU-Net {seconds['nnunet']:7.2f} s   pgps_jax {seconds['pgps_jax']:7.2f} s   ratio "
               f"{row['ratio']:.2f}   equal labels {100 * row['equal_labels']:.3f} %", flush=True)
-    result = {
-        "command": "python -m benchmarks.infer",
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-                  f"jax on {jax.default_backend()}, torch on cpu",
-        "load_average_before": busy,  # above the number of cores both sides waited, and the ratio is less certain
+        write_json(arguments.output, about(arguments.device, busy) | {"rows": rows}, indent=1)
+
+
+def about(device: str, busy: float | None) -> dict:
+    """Machine and versions; above the number of cores of `busy` both sides waited, and the ratio is less certain."""
+    name = torch.cuda.get_device_name() if device == "gpu" else platform.processor() or platform.machine()
+    return {
+        "command": " ".join(["python -m benchmarks.infer", *sys.argv[1:]]),
+        "device": f"{name}, {torch.get_num_threads()} threads, jax on {jax.default_backend()}, torch on {device}",
+        "load_average_before": busy,
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "torch", "nnunetv2", "numpy", "scipy")},
-        "rows": rows,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

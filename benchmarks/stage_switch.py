@@ -1,10 +1,11 @@
 """How long training stands still at each stage's border, with a cold and with a warm compile cache.
 
-    python -m benchmarks.stage_switch                      # phantoms, efficiency mode, 100 steps per stage
+    python -m benchmarks.stage_switch                      # phantoms, efficiency mode, 40 steps per stage
     python -m benchmarks.stage_switch --dataset DATASET --steps-per-stage 300 --features 32
 
 The same training is made twice, each time in a process of its own: first with an empty compile cache, then with the one
-that the first left. Figures are those of the run's own log. The first stage has nothing to hide behind and is given apart.
+that the first left. Figures are those of the run's own log, written after each of both. The first stage has nothing to hide
+behind and is given apart.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pgps_jax.data.synthetic import write_phantom_dataset
+from pgps_jax.json_file import write_json
 
 
 def pgps_jax(*arguments: str, cache: Path) -> str:
@@ -36,8 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, help="phantoms when not given")
     parser.add_argument("--mode", default="efficiency")
-    parser.add_argument("--steps-per-stage", type=int, default=100)
-    parser.add_argument("--features", type=int, default=16)
+    parser.add_argument("--steps-per-stage", type=int, default=40)
+    parser.add_argument("--features", type=int, default=8)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
@@ -56,20 +58,28 @@ def main() -> None:
         for cache in ("cold", "warm"):
             pgps_jax("train", *flags, "--name", "switch", "--fresh", cache=folder)
             measured[cache] = stages_of(folder / "workspace" / "runs" / dataset.name / "switch" / "fold_0")
+            result = summed_up(measured)
+            if options.output:
+                write_json(options.output, result, indent=1)
 
-    rows = [{"patch_size": cold["patch_size"], "batch_size": cold["batch_size"], "trace_s": cold["trace_seconds"],
-             "compile_s": cold["compile_seconds"], "stall_cold_s": cold["stall_seconds"], "stall_warm_s": warm["stall_seconds"]}
-            for cold, warm in zip(measured["cold"], measured["warm"], strict=True)]
-    for row in rows:
+    for row in result["stages"]:
         print(f"{'x'.join(map(str, row['patch_size'])):>12} batch {row['batch_size']:>3}: traced {row['trace_s']:.2f} s, compiled "
               f"{row['compile_s']:.2f} s; waited cold {row['stall_cold_s']:.2f} s, warm {row['stall_warm_s']:.2f} s")
-    later = {cache: [row[f"stall_{cache}_s"] for row in rows[1:]] or [0.0] for cache in measured}
-    summary = {f"{cache}_{what}_s": f(values) for cache, values in later.items() for what, f in (("worst", max), ("total", sum))}
-    print("borders after the first stage:", ", ".join(f"{key} {value:.2f}" for key, value in summary.items()))
-    if options.output:
-        about = {"what": __doc__.splitlines()[0], "command": sys.argv[1:], "cores": os.cpu_count(), "load_average": os.getloadavg(),
-                 "versions": {name: version(name) for name in ("jax", "flax")}}
-        options.output.write_text(json.dumps(about | {"borders": summary, "stages": rows}, indent=1) + "\n")
+    print("borders after the first stage:", ", ".join(f"{key} {value:.2f}" for key, value in result["borders"].items()))
+
+
+def summed_up(measured: dict[str, list[dict]]) -> dict:
+    """The result of the trainings made so far, from their stage records."""
+    rows = [{"patch_size": r["patch_size"], "batch_size": r["batch_size"], "trace_s": r["trace_seconds"], "compile_s": r["compile_seconds"]}
+            for r in measured["cold"]]
+    borders = {}
+    for cache, records in measured.items():
+        stalls = [r["stall_seconds"] for r in records]
+        for row, stall in zip(rows, stalls, strict=True):
+            row[f"stall_{cache}_s"] = stall
+        borders |= {f"{cache}_worst_s": max(stalls[1:], default=0.0), f"{cache}_total_s": sum(stalls[1:])}
+    return {"what": __doc__.splitlines()[0], "command": sys.argv[1:], "cores": os.cpu_count(), "load_average": os.getloadavg(),
+            "versions": {name: version(name) for name in ("jax", "flax")}, "borders": borders, "stages": rows}
 
 
 if __name__ == "__main__":

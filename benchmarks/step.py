@@ -33,13 +33,14 @@ class StepPlan(NamedTuple):
     batch: int
     classes: int = 3
 
-    def ladder(self):
-        """Patch sizes of efficiency mode."""
+    def stages(self, mode: str = "efficiency"):
+        """Patch and batch of every stage of a mode, smallest patch first."""
         from pgps_jax.architecture import PatchLimits
-        from pgps_jax.curriculum import patch_ladder
+        from pgps_jax.curriculum import CurriculumConfig, batch_policy, batch_sizes, patch_ladder
 
         smallest = (2 ** (len(self.features) - 1),) * 3
-        return patch_ladder("efficiency", self.patch, PatchLimits(smallest, smallest))
+        ladder = patch_ladder(mode, self.patch, PatchLimits(smallest, smallest))
+        return list(zip(ladder, batch_sizes(batch_policy(CurriculumConfig(mode=mode)), ladder, self.batch), strict=True))
 
     def architecture(self, backbone: str):
         from pgps_jax.architecture import Architecture
@@ -137,7 +138,7 @@ def torch_trainer(a, classes: int, device: str, channels: int = 1):
     on_gpu = device == "gpu"
     if on_gpu:
         torch.backends.cudnn.benchmark = True
-        net = torch.compile(net.cuda())
+        net = torch.compile(net.cuda(), dynamic=False)  # it would compile for any shape from the second one on, for slower steps
     scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
     weights = [1 / 2**i for i in range(n_stages - 2)] + [0.0]  # of deep supervision; the lowest head has none
 
@@ -169,6 +170,13 @@ def torch_trainer(a, classes: int, device: str, channels: int = 1):
     return train_on
 
 
+def forget_shapes() -> None:
+    """Let torch.compile start afresh: beyond eight shapes it would stop compiling."""
+    import torch
+
+    torch._dynamo.reset()
+
+
 def torch_side(plan: StepPlan, backbone: str, device: str):
     """The same with PyTorch."""
     import torch
@@ -181,6 +189,7 @@ def torch_side(plan: StepPlan, backbone: str, device: str):
         label = torch.randint(0, plan.classes, (batch, *patch), device=where)
         start = time.perf_counter()
         if device == "gpu":
+            forget_shapes()
             train_on(image, label)  # compiles
         return time.perf_counter() - start, lambda: train_on(image, label)
 
@@ -278,7 +287,7 @@ def main() -> None:
     options = parser.parse_args()
 
     plan = PLANS[options.plan]
-    jobs = [(patch, plan.batch) for patch in plan.ladder()] + [(plan.patch, 2)]
+    jobs = [*plan.stages(), (plan.patch, 2)]
     jobs = [jobs[i] for i in options.stages] if options.stages else jobs
     pipes = start_sides(SIDES, (plan, options.network, options.device))
     print(f"{'patch':>12} {'batch':>5} {'pgps_jax':>11} {'PyTorch':>11} {'ratio':>6} {'best':>6} {'compile':>8}")
