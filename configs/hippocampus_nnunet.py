@@ -6,7 +6,8 @@ Duration:  not measured here yet; `train` prints a forecast for your machine sho
 Expected:  a full nnU-Net training reaches about 0.89 mean foreground Dice on fold 0; the paper reports the same for
            efficiency mode in 44 % of the time
 
-Any flag of `python -m pgps_jax.main run` can be added, e.g. --fold 1 or --mode performance.
+Any flag of `python -m pgps_jax.main run` can be added, e.g. --fold 1, --mode performance, --case-curriculum pdl
+or --max-hours 8; README.md has a table of them.
 """
 
 import sys
