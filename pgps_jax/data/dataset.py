@@ -8,7 +8,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pgps_jax.data.labels import Labels
-from pgps_jax.data.nifti import NIFTI_ENDINGS, SITK_ENDINGS, geometry_difference, read_header, read_volume
+from pgps_jax.data.nifti import NIFTI_ENDINGS, SITK_ENDINGS, geometry_difference, read_header, read_volume, same_spacing
 from pgps_jax.errors import InputError, brief
 from pgps_jax.host_memory import host_bytes_left
 from pgps_jax.json_file import read_json
@@ -60,9 +60,7 @@ def open_dataset(path: Path) -> Dataset:
     """
     folder = Path(path).resolve()
     content = read_dataset_json(folder)
-    if "training" in content and "file_ending" not in content:
-        raise InputError(f"{folder} is a Medical Segmentation Decathlon folder; convert it to nnU-Net's layout first: "
-                         f"`convert-msd {folder}`")
+    refuse_decathlon(folder, content)
     for key in ("labels", "numTraining", "file_ending"):
         if key not in content:
             raise InputError(f'{folder / "dataset.json"}: the key "{key}" is missing')
@@ -87,6 +85,13 @@ def read_dataset_json(folder: Path) -> dict:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a dataset is a folder with dataset.json, imagesTr and labelsTr")
     return read_json(folder / "dataset.json", cure="it names the channels and labels of the dataset")
+
+
+def refuse_decathlon(folder: Path, content: dict) -> None:
+    """Raise InputError for a folder whose dataset.json has the Decathlon's form."""
+    if "training" in content and "file_ending" not in content:
+        raise InputError(f"{folder} is a Medical Segmentation Decathlon folder; convert it to nnU-Net's layout first: "
+                         f"`convert-msd {folder}`")
 
 
 def check_case_id(case_id: str, where: object) -> None:
@@ -159,11 +164,6 @@ def _explicit_cases(folder: Path, content: dict, channels: tuple[str, ...]) -> t
     if not isinstance(entries, dict):
         raise InputError(f'{folder / "dataset.json"}: "dataset" must be {{case: {{"images": [...], "label": ...}}}}')
 
-    def located(case_id: str, text: object) -> Path:
-        if not isinstance(text, str) or not text.endswith(content["file_ending"]):
-            raise InputError(f"case {case_id} in dataset.json: {brief(text)} is no path of a {content['file_ending']} file")
-        return file_within(folder, os.path.expanduser(os.path.expandvars(text)), f"case {case_id} in dataset.json")
-
     cases = []
     for case_id, entry in sorted(entries.items()):
         check_case_id(case_id, folder / "dataset.json")
@@ -172,9 +172,16 @@ def _explicit_cases(folder: Path, content: dict, channels: tuple[str, ...]) -> t
         if len(entry["images"]) != len(channels):
             raise InputError(f"case {case_id} in dataset.json: {len(entry['images'])} images for the {len(channels)} "
                              f"channels {', '.join(channels)}")
-        images = tuple(located(case_id, image) for image in entry["images"])
-        cases.append(Case(case_id, images, located(case_id, entry["label"])))
+        images = tuple(explicit_file(folder, case_id, image, content["file_ending"]) for image in entry["images"])
+        cases.append(Case(case_id, images, explicit_file(folder, case_id, entry["label"], content["file_ending"])))
     return tuple(cases)
+
+
+def explicit_file(folder: Path, case_id: str, text: object, ending: str = "") -> Path:
+    """A file of the `dataset` key; InputError naming the case if it is none, or does not end as it should."""
+    if not isinstance(text, str) or not text.endswith(ending):
+        raise InputError(f"case {case_id} in dataset.json: {brief(text)} is no path of a {ending or 'volume'} file")
+    return file_within(folder, os.path.expanduser(os.path.expandvars(text)), f"case {case_id} in dataset.json")
 
 
 def file_within(folder: Path, text: str, where: str) -> Path:
@@ -278,7 +285,7 @@ def map_cases(function: Callable, cases: tuple[Case, ...], progress: Progress | 
     By default as many at once as there are cores, or as fit into the free memory.
     """
     results: list = [None] * len(cases)
-    with ThreadPoolExecutor(workers or min(fitting_workers(map(reading_bytes, cases)), len(cases))) as pool:
+    with ThreadPoolExecutor(workers or min(fitting_workers(reading_bytes(case.images) for case in cases), len(cases))) as pool:
         futures = {pool.submit(function, case): index for index, case in enumerate(cases)}
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -303,13 +310,13 @@ def fitting_workers(bytes_of_cases: Iterable[int]) -> int:
     return max(1, min(default_workers(), host_bytes_left() // max(1, most)))
 
 
-def reading_bytes(case: Case) -> int:
+def reading_bytes(images: Sequence[Path]) -> int:
     """Bytes that reading and looking at a case takes at most, by the header of its first channel; 0 where that cannot be read.
 
     All channels twice (as read, and stacked), one file as it is stored, masks and label maps.
     """
     try:
-        return math.prod(read_header(case.images[0]).shape) * (8 * len(case.images) + 24)
+        return math.prod(read_header(images[0]).shape) * (8 * len(images) + 24)
     except InputError:
         return 0
 
@@ -322,7 +329,7 @@ def _header_fault(case: Case) -> str | None:
             if header.shape != first.shape:
                 raise _shape_error(case, path, header.shape, first.shape)
             cure = "resample to one grid, or copy the header if the voxels agree"
-            if not np.allclose(header.spacing, first.spacing, rtol=1e-3):
+            if not same_spacing(first, header):
                 raise InputError(f"case {case.id}: {path} has spacing {header.spacing} mm, its image "
                                  f"{case.images[0].name} has {first.spacing} mm; {cure}")
             off = geometry_difference(first, header)

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
 
-from pgps_jax.data.dataset import Labels, default_workers, read_dataset_json
+from pgps_jax.data.dataset import Labels, explicit_file, fitting_workers, read_dataset_json, reading_bytes, refuse_decathlon
 from pgps_jax.data.findings import Finding, Problem, group
 from pgps_jax.data.label_pairs import left_right_axis, name_pairs
-from pgps_jax.data.nifti import Header, Volume, axis_codes, geometry_difference, read_channels, read_volume
-from pgps_jax.errors import InputError
+from pgps_jax.data.nifti import Header, Volume, axis_codes, geometry_difference, read_channels, read_volume, same_spacing
+from pgps_jax.errors import InputError, brief
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str, str], None]  # (kind of problem, what was seen)
@@ -85,14 +85,17 @@ def examine(
         progress: called with (cases done, cases in all).
 
     Raises:
-        InputError: there is no dataset.json that can be read.
+        InputError: there is no dataset.json that can be read, or it is a Decathlon's.
     """
     folder = Path(folder).resolve()
     content = read_dataset_json(folder)
+    refuse_decathlon(folder, content)
     channels, labels, problems = _described(content)
-    cases = list_cases(folder, content)
+    cases, faulty_entries = list_cases(folder, content)
+    problems += faulty_entries
     facts = []
-    with ThreadPoolExecutor(workers or default_workers()) as pool:  # reading and NumPy leave Python's lock
+    fitting = fitting_workers(reading_bytes(list(case.images.values())) for case in cases if case.images)
+    with ThreadPoolExecutor(workers or fitting) as pool:  # reading and NumPy leave Python's lock
         for case in pool.map(lambda case: _examine_case(case, len(channels), labels, tolerance_mm), cases):
             facts.append(case)
             if progress is not None:
@@ -109,28 +112,48 @@ def examine(
     return Examination(folder, content, channels, labels, tuple(facts), group(problems))
 
 
-def list_cases(folder: Path, content: dict) -> list[CaseFiles]:
-    """Cases by what lies in imagesTr and labelsTr (or under the key `dataset`), however incomplete."""
-    ending = content.get("file_ending", ".nii.gz")
+def list_cases(folder: Path, content: dict) -> tuple[list[CaseFiles], list[Problem]]:
+    """Cases by what lies in imagesTr and labelsTr (or under the key `dataset`), however incomplete; and entries that name no file."""
+    if isinstance(content.get("dataset"), dict):
+        return _explicit_cases(folder, content["dataset"])
+    ending = _ending(content)
     images: dict[str, dict[int, Path]] = defaultdict(dict)
     labels: dict[str, Path] = {}
-    if isinstance(content.get("dataset"), dict):
-        for case, entry in content["dataset"].items():
-            images[case] = {n: _located(folder, path) for n, path in enumerate(entry.get("images", []))}
-            if entry.get("label"):
-                labels[case] = _located(folder, entry["label"])
-    else:
-        for path in sorted((folder / "imagesTr").glob(f"*{ending}")):
-            if match := re.fullmatch(r"([^.].*)_(\d{4})", path.name.removesuffix(ending)):
-                images[match[1]][int(match[2])] = path
-        for path in sorted((folder / "labelsTr").glob(f"*{ending}")):
-            if not path.name.startswith("."):
-                labels[path.name.removesuffix(ending)] = path
-    return [CaseFiles(case, dict(images.get(case, {})), labels.get(case)) for case in sorted({*images, *labels})]
+    for path in sorted((folder / "imagesTr").glob("*")):
+        match = re.fullmatch(r"([^.].*)_(\d{4})", path.name.removesuffix(ending))
+        if match and path.name.endswith(ending):
+            images[match[1]][int(match[2])] = path
+    for path in sorted((folder / "labelsTr").glob("*")):
+        if path.name.endswith(ending) and not path.name.startswith("."):
+            labels[path.name.removesuffix(ending)] = path
+    return [CaseFiles(case, images.get(case, {}), labels.get(case)) for case in sorted({*images, *labels})], []
 
 
-def _located(folder: Path, path: str) -> Path:
-    return Path(os.path.normpath(folder / os.path.expanduser(os.path.expandvars(path))))
+def _explicit_cases(folder: Path, entries: dict) -> tuple[list[CaseFiles], list[Problem]]:
+    cases, problems = [], []
+
+    def located(case: str, value: object) -> Path | None:
+        try:
+            return explicit_file(folder, case, value)
+        except InputError as error:
+            problems.append(Problem("dataset-json", case, str(error)))
+            return None
+
+    for case, entry in sorted(entries.items()):
+        if not isinstance(entry, dict) or not isinstance(entry.get("images"), list):
+            problems.append(Problem("dataset-json", case, f'want {{"images": [path per channel], "label": path}}, found {brief(entry)}'))
+            continue
+        files = {number: located(case, value) for number, value in enumerate(entry["images"])}
+        label = located(case, entry["label"]) if "label" in entry else None
+        images = {number: path for number, path in files.items() if path is not None}
+        if images or label is not None:
+            cases.append(CaseFiles(case, images, label))
+    return cases, problems
+
+
+def _ending(content: dict) -> str:
+    ending = content.get("file_ending")
+    return ending if isinstance(ending, str) else ".nii.gz"
 
 
 def _described(content: dict) -> tuple[tuple[str, ...], Labels | None, list[Problem]]:
@@ -140,8 +163,10 @@ def _described(content: dict) -> tuple[tuple[str, ...], Labels | None, list[Prob
     if not isinstance(names, dict) or not names:
         problems.append(Problem("dataset-json", "", f"channel_names is {names!r}, want {{\"0\": \"CT\", ...}}"))
         names = {"0": "channel 0"}
-    if "file_ending" not in content:
-        problems.append(Problem("dataset-json", "", "file_ending is missing; assumed .nii.gz"))
+    if not isinstance(content.get("file_ending"), str):
+        problems.append(Problem("dataset-json", "", f"file_ending is {brief(content.get('file_ending'))}; assumed .nii.gz"))
+    if not isinstance(content.get("dataset", {}), dict):
+        problems.append(Problem("dataset-json", "", f"dataset is {brief(content['dataset'])}, want an object of cases"))
     try:
         labels = Labels.from_json(content).in_files
     except InputError as error:
@@ -255,6 +280,8 @@ def _check_geometry(path: Path, header: Header, first: Header, tolerance_mm: flo
         say("shape-mismatch", f"{path.name}: {_voxels(header.shape)}, the image has {_voxels(first.shape)}")
     elif off > tolerance_mm:
         say("geometry-mismatch", f"{path.name}: up to {off:.3g} mm apart")
+    elif not same_spacing(first, header):
+        say("geometry-mismatch", f"{path.name}: spacing {_mm(header.spacing)}, the image has {_mm(first.spacing)}")
 
 
 def flipped_axes(first: Header, second: Header) -> tuple[int, ...]:
@@ -368,5 +395,5 @@ def _voxels(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) + " voxels"
 
 
-def _mm(spacing: np.ndarray) -> str:
+def _mm(spacing: Sequence[float] | np.ndarray) -> str:
     return " x ".join(f"{s:.3g}" for s in spacing) + " mm"

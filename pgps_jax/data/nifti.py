@@ -26,6 +26,7 @@ NIFTI_ENDINGS = (".nii.gz", ".nii")
 SITK_ENDINGS = (".nrrd", ".mha", ".gipl")
 MOST_COMPRESSION = 1032  # of deflate: a file of zeros
 MOST_VOXELS = 2**32  # 1625 voxels along each axis, 16 GiB once read; a small compressed file may claim any number
+FLATTEST = 1e-6  # volume of a voxel as a share of its edges' product; 1 where they are at right angles
 MOST_EXTENSION = 2**24  # bytes between a header and its voxels, which are read before the first voxel is
 
 
@@ -145,6 +146,11 @@ def geometry_difference(first: Header, second: Header) -> float:
     return float(np.linalg.norm(((first.affine - second.affine) @ corners)[:3], axis=0).max())
 
 
+def same_spacing(first: Header, second: Header) -> bool:
+    """Do two headers give the same spacing, but for rounding? A header may contradict its own affine."""
+    return np.allclose(first.spacing, second.spacing, rtol=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
@@ -233,6 +239,9 @@ def _mm_per_unit(image: Any) -> float:
 def _checked_header(path: Path, shape: tuple, spacing: tuple, affine: np.ndarray) -> Header:
     if not all(np.isfinite(s) and s > 0 for s in spacing) or not np.isfinite(affine).all():
         raise InputError(f"{path}: its header gives the voxel spacing {spacing} mm; want positive numbers")
+    if abs(np.linalg.det(affine[:3, :3])) <= FLATTEST * np.prod(np.linalg.norm(affine[:3, :3], axis=0)):
+        raise InputError(f"{path}: its header lays the axes of the volume into one plane (affine {affine[:3, :3].tolist()}); correct its "
+                         "sform or qform")
     return Header(tuple(int(n) for n in shape), tuple(float(s) for s in spacing), affine)
 
 

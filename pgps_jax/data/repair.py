@@ -4,8 +4,6 @@ Safe means that one cure is right beyond doubt, or that the image itself tells w
 decision is copied as it is, and stays in the doctor's report of the new dataset.
 """
 
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +12,9 @@ import numpy as np
 from scipy import ndimage
 
 from pgps_jax.data.doctor import CLEARLY, LEAST_FIT, CaseFacts, Examination, Progress, fit, flipped_axes, header_of
-from pgps_jax.data.nifti import Volume, geometry_difference, read_channels, read_volume, write_volume
+from pgps_jax.data.nifti import Volume, geometry_difference, read_channels, read_volume, same_spacing, write_volume
 from pgps_jax.errors import InputError
+from pgps_jax.json_file import write_json
 
 ROUNDING = 1e-3  # distance to an integer that is a rounding error
 SAME_GRID = 0.5  # voxels: headers less apart mean the same grid
@@ -62,8 +61,8 @@ def repair(examination: Examination, out: Path, progress: Progress | None = None
     if content.get("numTraining") != trained:
         done.append(Repair("", f"numTraining set from {content.get('numTraining')!r} to {trained}"))
         content["numTraining"] = trained
-    _write_json(out / "repairs.json", [repair._asdict() for repair in done])
-    _write_json(out / "dataset.json", content)  # last: the folder is a dataset only when it is complete
+    write_json(out / "repairs.json", [repair._asdict() for repair in done], indent=1)
+    write_json(out / "dataset.json", content, indent=1)  # last: the folder is a dataset only when it is complete
     return done
 
 
@@ -122,7 +121,7 @@ def _regridded(first: Volume, label: Volume) -> tuple[np.ndarray, str] | None:
         if other > as_it_is:
             return turned, f"turned along array axis {', '.join(map(str, flips))}"
         return label.array, "header of the image copied"
-    if mine.shape == images.shape and geometry_difference(images, mine) == 0:
+    if mine.shape == images.shape and geometry_difference(images, mine) == 0 and same_spacing(images, mine):
         return None
     if _only_rounding(first, label):
         return label.array, "header of the image copied"
@@ -133,9 +132,11 @@ def _regridded(first: Volume, label: Volume) -> tuple[np.ndarray, str] | None:
 
 def _only_rounding(first: Volume, other: Volume) -> bool:
     """Same grid, and headers that differ by less than half a voxel but do differ."""
-    if first.array.shape != other.array.shape:
+    mine, images = header_of(other), header_of(first)
+    if images.shape != mine.shape:
         return False
-    return 0 < geometry_difference(header_of(first), header_of(other)) < SAME_GRID * min(first.spacing)
+    off = geometry_difference(images, mine)
+    return off < SAME_GRID * min(first.spacing) and (off > 0 or not same_spacing(images, mine))
 
 
 def _resampled(first: Volume, label: Volume) -> tuple[np.ndarray, str] | None:
@@ -165,9 +166,3 @@ def _entries(path: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
         return read_channels(path)
     except InputError:
         return None, None
-
-
-def _write_json(path: Path, content: dict | list) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)

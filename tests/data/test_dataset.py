@@ -164,11 +164,12 @@ def test_a_case_named_as_the_preprocessed_labels_of_another_is_refused(tmp_path)
 def test_cases_are_read_side_by_side_only_as_far_as_they_fit_into_the_memory(tmp_path, monkeypatch):
     cases = open_dataset(write_dataset(tmp_path / "data")).cases
     monkeypatch.setattr(dataset_module, "default_workers", lambda: 8)
-    for left, workers in ((10**12, 8), (3 * max(map(reading_bytes, cases)), 3), (0, 1)):
+    sizes = [reading_bytes(case.images) for case in cases]
+    for left, workers in ((10**12, 8), (3 * max(sizes), 3), (0, 1)):
         monkeypatch.setattr(dataset_module, "host_bytes_left", lambda left=left: left)
-        assert fitting_workers(map(reading_bytes, cases)) == workers
+        assert fitting_workers(sizes) == workers
     cases[0].images[0].write_bytes(b"")
-    assert reading_bytes(cases[0]) == 0, "what cannot be read is told where it is read"
+    assert reading_bytes(cases[0].images) == 0, "what cannot be read is told where it is read"
 
 
 @pytest.mark.parametrize("fault", OPENING)

@@ -1,7 +1,9 @@
 """The doctor on datasets with one fault of each kind, its report, and the repairs that follow from it."""
 
+import gzip
 import json
 import re
+import struct
 
 import nibabel
 import numpy as np
@@ -200,6 +202,54 @@ def test_only_a_dataset_without_readable_json_is_refused(tmp_path):
         examine(tmp_path / "nowhere")
     with pytest.raises(InputError, match="missing"):
         examine(tmp_path)
+
+
+def test_a_decathlon_folder_is_sent_to_its_conversion(healthy):
+    write_json(healthy, {"modality": {"0": "CT"}, "labels": {"0": "background"}, "training": []})
+    with pytest.raises(InputError, match="`convert-msd"):
+        examine(healthy)
+
+
+def contradict_affine(path):
+    """Spacing 1 in the header beside the right sform, as some tools write it."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[80:92] = struct.pack("<3f", 1, 1, 1)
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+def test_a_spacing_that_contradicts_the_image_is_found_and_repaired_since_training_refuses_it(healthy, tmp_path):
+    contradict_affine(label_path(healthy))
+    with pytest.raises(InputError, match=r"spacing \(1\.0, 1\.0, 1\.0\)"):
+        check_dataset(open_dataset(healthy))
+    (finding,) = examine(healthy).findings
+    assert finding.kind == "geometry-mismatch" and finding.details == ("b.nii.gz: spacing 1 x 1 x 1 mm, the image has 2 x 1.2 x 1 mm",)
+    repair(examine(healthy), tmp_path / "repaired")
+    assert examine(tmp_path / "repaired").findings == ()
+
+
+@pytest.mark.parametrize(("entry", "said"), [
+    (["x"], "want"), ({"images": 3, "label": "x"}, "want"), ({"images": [3, None], "label": {}}, "3 is no path"),
+    ({"images": ["../elsewhere.nii.gz"], "label": "y.nii.gz"}, "leads out"), ({"images": ["imagesTr/none.nii.gz"]}, "missing")], ids=str)
+def test_entries_of_the_dataset_key_that_name_no_files_are_findings(healthy, entry, said):
+    good = {"images": [f"imagesTr/a_000{i}.nii.gz" for i in range(2)], "label": "labelsTr/a.nii.gz"}
+    change_json(healthy, dataset={"a": good, "odd": entry}, numTraining=1)
+    (finding,) = (finding for finding in examine(healthy).findings if finding.kind == "dataset-json")
+    assert set(finding.cases) == {"odd"} and said in finding.details[0]
+
+
+@pytest.mark.parametrize("changes", [{"dataset": ["a"]}, {"file_ending": 3}, {"channel_names": ["CT"]}], ids=str)
+def test_keys_of_another_form_are_findings(healthy, changes):
+    change_json(healthy, **changes)
+    assert "dataset-json" in {finding.kind for finding in examine(healthy).findings}
+
+
+def test_a_header_without_volume_is_a_finding(healthy, tmp_path):
+    image = nibabel.load(label_path(healthy))
+    image.set_sform(np.diag([1.0, 1, 0, 1]), 1)
+    nibabel.save(image, label_path(healthy))
+    (finding,) = examine(healthy).findings
+    assert finding.kind == "unreadable" and "one plane" in finding.details[0]
+    repair(examine(healthy), tmp_path / "repaired")
 
 
 def test_tolerance_is_in_millimetres(healthy):

@@ -97,6 +97,15 @@ def test_spacing_and_place_are_in_millimetres_whatever_unit_the_file_counts_in(t
     np.testing.assert_array_equal(read_channels(tmp_path / "x.nii.gz")[1], header.affine)
 
 
+def test_axes_in_one_plane_are_refused(tmp_path):
+    flat = np.array([[1.0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))
+    image.set_sform(flat, 1)
+    nibabel.save(image, tmp_path / "x.nii.gz")
+    with pytest.raises(InputError, match=r"x\.nii\.gz: its header lays the axes of the volume into one plane"):
+        read_header(tmp_path / "x.nii.gz")
+
+
 @pytest.mark.parametrize(("dtype", "word"), [
     (np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), "colours"), (np.complex64, "complex numbers")], ids=["colours", "complex"])
 def test_voxels_that_are_no_real_numbers_are_refused(tmp_path, dtype, word):
