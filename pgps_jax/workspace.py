@@ -295,7 +295,6 @@ def open_experiment(
     configuration = configuration_of(plan, config.configuration, config.network, config.batch_size, say)
     store = CaseStore(preprocessed / configuration.data_identifier)
     train_ids, validation_ids = cases_to_train(config, configuration, preprocessed)
-    train_ids = in_order(config, store, train_ids, progress)
 
     folder = run_folder(config)
     if goes_on(config):
@@ -323,6 +322,7 @@ def identity_of(run: Experiment) -> dict:
         refuse_strange_schedule(config, configuration, len(train_ids), schedule, folder / "schedule.json")
 def refuse_changed_inputs(config: RunConfig, folder: Path) -> None:
     """Raise InputError when plan or data are not those of the run in `folder` any more, or are gone."""
+    train_ids = in_order(config, store, train_ids, progress)  # takes minutes, so what can be refused has been
     now = open_experiment(dataclasses.replace(config, fresh=True))  # as a new run would find them; nothing is deleted here
     refuse_changed_plan(now.configuration, folder)
     if (folder / "data.json").exists():
