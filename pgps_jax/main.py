@@ -129,6 +129,11 @@ def run_training(config: RunConfig) -> dict:
     for line in (enable_compilation_cache(cache_folder(), CACHE_BYTES), *warnings()):
         if line:
             complain(line)
+
+
+def run_training(config: RunConfig) -> dict:
+    """Train, then measure on the validation cases; returns the summary."""
+    start_device(config.device, config.network.precision, config.augment.preset)
     check_pretrained(config)
     if workspace.run_folder(config).is_dir():
         with only_process(workspace.run_folder(config)):
@@ -160,8 +165,7 @@ def bench(command: Bench) -> None:
     check_bench(command.seconds)
     if command.json is not None and not command.json.parent.is_dir():
         raise InputError(f"--json {command.json}: {command.json.parent} is no folder")
-    choose_platform(command.device)
-    enable_compilation_cache(cache_folder(), CACHE_BYTES)
+    start_device(command.device, command.network.precision, command.augment.preset)
     experiment = open_bench(command, say)
     host, rows = host_of(experiment), []
     stages = chosen_stages(experiment, command.stages)
@@ -342,6 +346,7 @@ def execute(command: object) -> int:
             case Train():
                 run_training(command)
             case Run():
+                workspace.check_numbers(command)
                 check_pretrained(command)
                 plan(PlanCommand(command.dataset, command.workspace, command.planner, workers=command.workers))
                 preprocess(command)
@@ -359,7 +364,6 @@ def execute(command: object) -> int:
             case FindPostprocessing():
                 find_postprocessing(command)
             case Postprocess():
-                workspace.check_numbers(command)
                 with CaseProgress("postprocessing") as progress:
                     apply_postprocessing(read_postprocessing(command.decision), command.predictions, command.output, progress)
             case Doctor():

@@ -301,8 +301,10 @@ def open_experiment(
         check_same(config, read_json(folder / "config.json"), folder)
         refuse_changed_plan(configuration, folder)
         schedule = schedule_from_json(read_json(folder / "schedule.json"))
+        refuse_strange_schedule(config, configuration, len(train_ids), schedule, folder / "schedule.json")
     else:
         schedule = planned_schedule(config, configuration, len(train_ids))
+    train_ids = in_order(config, store, train_ids, progress)  # takes minutes, so what can be refused has been
     labels = Labels.from_json(dataset_json)
     changed = plan.with_configuration(configuration)
     experiment = Experiment(
@@ -319,10 +321,8 @@ def identity_of(run: Experiment) -> dict:
     return identity(run.store, run.train_ids, run.validation_ids, run.dataset_json)
 
 
-        refuse_strange_schedule(config, configuration, len(train_ids), schedule, folder / "schedule.json")
 def refuse_changed_inputs(config: RunConfig, folder: Path) -> None:
     """Raise InputError when plan or data are not those of the run in `folder` any more, or are gone."""
-    train_ids = in_order(config, store, train_ids, progress)  # takes minutes, so what can be refused has been
     now = open_experiment(dataclasses.replace(config, fresh=True))  # as a new run would find them; nothing is deleted here
     refuse_changed_plan(now.configuration, folder)
     if (folder / "data.json").exists():
@@ -337,6 +337,21 @@ def refuse_changed_plan(configuration: Configuration, folder: Path) -> None:
     if names:
         raise InputError(f"{folder / 'plan.json'}: the dataset has been planned otherwise since this run was started ({', '.join(names)}); "
                          "restore the plan, use another --name for a new run, or --fresh to start over")
+
+
+def refuse_strange_schedule(config: RunConfig, configuration: Configuration, num_cases: int, schedule: Schedule, where: Path) -> None:
+    """Raise InputError when a stored schedule is none that this run can have; `where` is its file."""
+    smallest, increment = limits(configuration.architecture)
+    most_steps, most_cases = config.epochs * config.steps_per_epoch, int(schedule.case_pool_of_step.max())
+    faults = [] if schedule.num_steps <= most_steps else [f"{schedule.num_steps} steps, and --epochs allows {most_steps}"]
+    faults += [] if most_cases <= num_cases else [f"{most_cases} cases in use, of {num_cases}"]
+    for stage in schedule.stages:
+        edges = zip(stage.patch_size, smallest, increment, configuration.patch_size, strict=True)
+        if any(not low <= edge <= planned or (edge - low) % step for edge, low, step, planned in edges):
+            faults.append(f"stage {stage.index} has patches of {stage.patch_size}, and the network takes {smallest} and multiples of "
+                          f"{increment} more, up to the planned {configuration.patch_size}")
+    if faults:
+        raise InputError(f"{where}: {'; '.join(faults)}. Restore the file, or start with --fresh")
 
 
 def learning_rates(config: RunConfig, configuration: Configuration, schedule: Schedule) -> np.ndarray:
@@ -382,21 +397,6 @@ def store_schedule(run: Experiment) -> None:
 
 
 def augment_policy(config: RunConfig, plan: Plan, configuration: Configuration, labels: Labels, store: CaseStore) -> AugmentPolicy:
-def refuse_strange_schedule(config: RunConfig, configuration: Configuration, num_cases: int, schedule: Schedule, where: Path) -> None:
-    """Raise InputError when a stored schedule is none that this run can have; `where` is its file."""
-    smallest, increment = limits(configuration.architecture)
-    most_steps, most_cases = config.epochs * config.steps_per_epoch, int(schedule.case_pool_of_step.max())
-    faults = [] if schedule.num_steps <= most_steps else [f"{schedule.num_steps} steps, and --epochs allows {most_steps}"]
-    faults += [] if most_cases <= num_cases else [f"{most_cases} cases in use, of {num_cases}"]
-    for stage in schedule.stages:
-        edges = zip(stage.patch_size, smallest, increment, configuration.patch_size, strict=True)
-        if any(not low <= edge <= planned or (edge - low) % step for edge, low, step, planned in edges):
-            faults.append(f"stage {stage.index} has patches of {stage.patch_size}, and the network takes {smallest} and multiples of "
-                          f"{increment} more, up to the planned {configuration.patch_size}")
-    if faults:
-        raise InputError(f"{where}: {'; '.join(faults)}. Restore the file, or start with --fresh")
-
-
     """What is fixed about augmentation; the left-right axis is looked up in the cases where labels are to be swapped."""
     axis = None
     if config.augment.mirror == "label-swap" and config.augment.left_right_axis is None:
