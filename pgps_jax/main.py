@@ -129,11 +129,6 @@ def run_training(config: RunConfig) -> dict:
     for line in (enable_compilation_cache(cache_folder(), CACHE_BYTES), *warnings()):
         if line:
             complain(line)
-
-
-def run_training(config: RunConfig) -> dict:
-    """Train, then measure on the validation cases; returns the summary."""
-    start_device(config.device, config.network.precision, config.augment.preset)
     check_pretrained(config)
     if workspace.run_folder(config).is_dir():
         with only_process(workspace.run_folder(config)):
@@ -165,7 +160,8 @@ def bench(command: Bench) -> None:
     check_bench(command.seconds)
     if command.json is not None and not command.json.parent.is_dir():
         raise InputError(f"--json {command.json}: {command.json.parent} is no folder")
-    start_device(command.device, command.network.precision, command.augment.preset)
+    choose_platform(command.device)
+    enable_compilation_cache(cache_folder(), CACHE_BYTES)
     experiment = open_bench(command, say)
     host, rows = host_of(experiment), []
     stages = chosen_stages(experiment, command.stages)
