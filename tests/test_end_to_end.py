@@ -186,7 +186,6 @@ def test_starting_over_deletes_nothing_while_something_can_be_refused(tiny, fini
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--fold", "9"], "fold"),
     (["--fold", "-1"], "fold"),
     (["--configuration", "3d_lowres"], "3d_lowres"),
     (["--epochs", "0"], "epochs"),

@@ -13,6 +13,7 @@ Fold = dict[str, list[str]]  # {"train": case ids, "val": case ids}
 
 NUM_FOLDS = 5
 _SEED = 12345
+_TRAINED_SHARE = 0.8  # of a random split
 
 
 def make_folds(case_ids: Sequence[str], num_folds: int = NUM_FOLDS, group_by: str | None = None) -> list[Fold]:
@@ -125,13 +126,28 @@ def cases_in_no_fold(folds: Sequence[Fold], case_ids: Sequence[str]) -> list[str
 def cases_of_fold(folds: Sequence[Fold], case_ids: Sequence[str], fold: int | str) -> tuple[list[str], list[str]]:
     """(cases to train on, cases held out) of a fold; of "all" both are all cases, as in nnU-Net.
 
+    A number beyond the folds is a random split of its own, 80 to 20, equal to nnU-Net's (see `beyond_folds`).
+
     Raises:
-        InputError: there is no such fold.
+        InputError: the fold is no number from 0 and not "all", or there are too few cases to split.
     """
     if str(fold) == "all":
         return sorted(case_ids), sorted(case_ids)
     if isinstance(fold, str) and fold.isdigit():
         fold = int(fold)
-    if not isinstance(fold, int) or not 0 <= fold < len(folds):
-        raise InputError(f"--fold {fold}: there are the folds 0 to {len(folds) - 1}, and `all`")
-    return list(folds[fold]["train"]), list(folds[fold]["val"])
+    if not isinstance(fold, int) or not 0 <= fold < 2**31 or (fold >= len(folds) and len(case_ids) < 2):
+        raise InputError(f"--fold {fold}: there are the folds 0 to {len(folds) - 1}, and `all`; higher numbers split two or more cases")
+    if fold < len(folds):
+        return list(folds[fold]["train"]), list(folds[fold]["val"])
+    ids = np.sort(np.asarray(case_ids, dtype=str))
+    chosen = np.zeros(len(ids), bool)
+    chosen[np.random.RandomState(_SEED + fold).choice(len(ids), int(_TRAINED_SHARE * len(ids)), replace=False)] = True
+    return ids[chosen].tolist(), ids[~chosen].tolist()
+
+
+def beyond_folds(folds: Sequence[Fold], fold: int | str) -> str | None:
+    """A sentence on a fold that is a random split of its own, since its number may be a mistake."""
+    if str(fold) == "all" or int(fold) < len(folds):
+        return None
+    return (f"warning: there are the folds 0 to {len(folds) - 1}; --fold {fold} is a random split, 80 % of the cases to train on, which "
+            "overlaps with the folds and does not keep patients together")

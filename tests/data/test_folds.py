@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgps_jax.data.folds import cases_of_fold, leaks, make_folds, read_or_make_folds
+from pgps_jax.data.folds import beyond_folds, cases_of_fold, leaks, make_folds, read_or_make_folds
 from pgps_jax.errors import InputError
 
 IDS = [f"case_{i:02d}" for i in range(20)]
@@ -91,9 +91,21 @@ def test_a_fold_is_chosen_by_number_or_all():
     folds = make_folds(IDS)
     assert cases_of_fold(folds, IDS, 3) == cases_of_fold(folds, IDS, "3") == (folds[3]["train"], folds[3]["val"])
     assert cases_of_fold(folds, IDS[::-1], "all") == (IDS, IDS)
-    for wrong in (5, -1, "five"):
+    for wrong in (-1, "five", 2**40):
         with pytest.raises(InputError, match=r"--fold .*0 to 4"):
             cases_of_fold(folds, IDS, wrong)
+
+
+def test_a_number_beyond_the_folds_is_nnunets_random_split_and_said_to_be_one():
+    folds = make_folds(IDS)
+    held_out = {7: [3, 5, 10, 14], 12: [10, 17, 18, 19]}  # by nnU-Net 2.8.1 for these names
+    for fold, numbers in held_out.items():
+        train, val = cases_of_fold(folds, IDS[::-1], fold)
+        assert val == [IDS[i] for i in numbers] and sorted(train + val) == IDS
+        assert f"--fold {fold} is a random split" in beyond_folds(folds, fold)
+    assert beyond_folds(folds, 4) is beyond_folds(folds, "all") is None
+    with pytest.raises(InputError, match="two or more cases"):
+        cases_of_fold([], IDS[:1], 7)
 
 
 @pytest.mark.parametrize("name", ["Dataset004_Hippocampus", "Dataset101_SarcomaPETCT", "Dataset102_Sunnybrook"])
