@@ -18,7 +18,7 @@ def images(n=4, channels=2, cells=9):
 
 
 def test_ssim_psnr_and_mse_equal_scikit_image():
-    metrics = pytest.importorskip("skimage.metrics", reason="extra `similarity` is not installed")
+    metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
     volumes = images()
     ours = compare(volumes)
     for i in range(len(volumes)):
