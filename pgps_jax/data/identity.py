@@ -58,9 +58,12 @@ def _named(what: str, ids: list[str]) -> list[str]:
 
 
 def _hash_of_case(folder: Path, case_id: str) -> str:
-    """Of the files from which a case is trained, in both layouts (ours and nnU-Net's); a missing one counts as none."""
-    files = [folder / f"{case_id}.b2nd", folder / f"{case_id}_seg.b2nd", folder / "properties" / f"{case_id}_locations.npy",
-             folder / f"{case_id}.pkl"]
+    """Of the files from which a case is trained, in both layouts (ours and nnU-Net's); a missing one counts as none.
+
+    Class locations are read from nnU-Net's pickle only where our own file is missing: one exported beside it changes nothing.
+    """
+    locations = folder / "properties" / f"{case_id}_locations.npy"
+    files = [folder / f"{case_id}.b2nd", folder / f"{case_id}_seg.b2nd", locations if locations.exists() else folder / f"{case_id}.pkl"]
     return _digest(b"".join(_ends(path) for path in files))
 
 
