@@ -85,34 +85,29 @@ def plan_dataset(
     folder = preprocessed_folder(dataset_folder, workspace)
     dataset = open_dataset(dataset_folder)
     plans_file = folder / PLANS_FILE[planner]
+    new = overwrite or not plans_file.exists()
+    if new:  # faults are found before anything is written
+        folds = _folds(dataset, folder / "splits_final.json", group_by, say)
+        say(f"checking {len(dataset.cases)} cases")
+        check_dataset(dataset, progress=progress, workers=workers)
     folder.mkdir(parents=True, exist_ok=True)
     with hold_folder(folder, lambda: say(f"another process is at work in {folder}; waiting for it")):
-        if not plans_file.exists() or overwrite:
-            return dataset, _new_plan(dataset, folder, planner, say, progress, workers, overrides, group_by), folder
+        if new and (overwrite or not plans_file.exists()):  # another process may have planned it meanwhile
+            say("measuring the dataset")
+            fingerprint = extract_fingerprint(dataset, workers=workers, progress=progress)
+            plan = make_plan(dataset, fingerprint, planner, overrides)
+            write_json(folder / "dataset_fingerprint.json", fingerprint.to_json())
+            write_json(folder / "dataset.json", dataset.json)
+            if not (folder / "splits_final.json").exists():
+                write_json(folder / "splits_final.json", folds, indent=4)
+            write_plan(plan, plans_file)  # last: its existence says that planning is complete
+            return dataset, plan, folder
         if overrides != Overrides() or group_by is not None:
             raise InputError(f"{plans_file}: the dataset is planned already; add --overwrite to plan it as asked now")
         if read_json(folder / "dataset.json") != dataset.json:
             raise InputError(f"{folder / 'dataset.json'}: differs from {dataset_folder / 'dataset.json'}, so the plan is not for "
                              "this dataset any more; run `plan --overwrite` to plan again, or restore dataset.json")
         return dataset, read_plan(plans_file), folder
-
-
-def _new_plan(
-    dataset: Dataset, folder: Path, planner: Planner, say: Callable[[str], None], progress: Callback | None, workers: int | None,
-    overrides: Overrides, group_by: str | None,
-) -> Plan:
-    folds = _folds(dataset, folder / "splits_final.json", group_by, say)
-    say(f"checking {len(dataset.cases)} cases")
-    check_dataset(dataset, progress=progress, workers=workers)
-    say("measuring the dataset")
-    fingerprint = extract_fingerprint(dataset, workers=workers, progress=progress)
-    plan = make_plan(dataset, fingerprint, planner, overrides)
-    write_json(folder / "dataset_fingerprint.json", fingerprint.to_json())
-    write_json(folder / "dataset.json", dataset.json)
-    if not (folder / "splits_final.json").exists():
-        write_json(folder / "splits_final.json", folds, indent=4)
-    write_plan(plan, folder / PLANS_FILE[planner])  # last: its existence says that planning is complete
-    return plan
 
 
 def _folds(dataset: Dataset, path: Path, group_by: str | None, say: Callable[[str], None]) -> list[Fold]:

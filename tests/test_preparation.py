@@ -67,17 +67,29 @@ def test_the_datasets_own_folds_are_taken(raw):
 def test_a_process_waits_while_another_prepares_the_same_dataset_and_then_finds_it_done(raw):
     folder = raw.parent / "work" / "preprocessed" / raw.name
     folder.mkdir(parents=True)
-    said, results = [], []
+    waits, results = threading.Event(), []
+
+    def say(sentence):
+        if "another process is at work" in sentence:
+            waits.set()
 
     def second():
-        results.append(workspace.plan_dataset(raw, raw.parent / "work", "nnunet", lambda s: (said.append(s), told.set()), workers=1))
+        results.append(workspace.plan_dataset(raw, raw.parent / "work", "nnunet", say, workers=1))
 
-    told, thread = threading.Event(), threading.Thread(target=second)
+    thread = threading.Thread(target=second)
     with hold_folder(folder, lambda: 1 / 0):
         thread.start()
-        assert told.wait(60) and "another process is at work" in said[0] and not (folder / "nnUNetPlans.json").exists()
+        assert waits.wait(60) and not (folder / "nnUNetPlans.json").exists()
     thread.join(60)
     assert results and (folder / "nnUNetPlans.json").exists()
+
+
+def test_a_faulty_dataset_leaves_nothing_behind(raw):
+    content = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps(content | {"numTraining": 9}))
+    with pytest.raises(InputError, match="numTraining"):
+        plan(raw)
+    assert not (raw.parent / "work").exists()
 
 
 def test_cases_that_left_the_dataset_or_were_added_to_it_are_named_after_preprocessing(raw):
