@@ -25,7 +25,7 @@ from jaxtyping import Integer
 from pgps_jax.data.dataset import Case, Dataset, RawCase, check_finite, fitting_workers, read_case
 from pgps_jax.data.labels import Label, Labels
 from pgps_jax.data.nifti import read_header
-from pgps_jax.data.plan import Configuration, Plan
+from pgps_jax.data.plan import Configuration, Plan, check_preprocessing
 from pgps_jax.data.resample import (
     Spacing,
     crop_to_nonzero,
@@ -52,7 +52,9 @@ def preprocess_case(raw: RawCase, plan: Plan, configuration: Configuration, labe
 
     The axes are permuted by the plan's `transpose_forward`, the image is cut to its non-zero box, normalised, and then
     resampled to the configuration's spacing (normalisation comes first on purpose). `properties` tells how to go back.
+    Raises InputError for a plan that asks for anything else.
     """
+    check_preprocessing(configuration)
     image = raw.image.transpose(0, *(1 + axis for axis in plan.transpose_forward))
     label = None if raw.label is None else raw.label.transpose(0, *(1 + axis for axis in plan.transpose_forward))
     spacing = tuple(raw.spacing[axis] for axis in plan.transpose_forward)
