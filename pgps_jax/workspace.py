@@ -374,11 +374,11 @@ def notes_on_schedule(config: RunConfig, schedule: Schedule) -> list[str]:
 def note_on_warm_up(config: RunConfig, schedule: Schedule) -> str | None:
     """A sentence for stages that end before their learning rate has risen; none where patch sizes take turns."""
     runs = schedule.runs()
-    short = [stage.index for stage, _, steps in runs if steps < config.optim.warmup_steps]
+    short = [steps for *_, steps in runs if steps < config.optim.warmup_steps]
     if not short or len(runs) > len(schedule.stages):
         return None
-    return (f"note: --optim.warmup-steps {config.optim.warmup_steps}: the learning rate does not rise to its full height in stage "
-            f"{', '.join(map(str, short))}, the shortest of which has {min(steps for *_, steps in runs)} steps")
+    return (f"note: --optim.warmup-steps {config.optim.warmup_steps}: the learning rate does not rise to its full height in {len(short)} of "
+            f"{len(runs)} stages, the shortest of which has {min(short)} steps")
 
 
 def with_schedule(run: Experiment, schedule: Schedule) -> Experiment:
