@@ -33,7 +33,7 @@ class Output(io.TextIOBase):
         return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # rich stands in its place while a bar is shown
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str | None:
         """Of the stream behind it."""
         return self._stream.encoding
 
@@ -56,8 +56,9 @@ class Output(io.TextIOBase):
         try:
             self._stream.flush()
         except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO):  # or Python tries it again at its end, and fails
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            with suppress(OSError):  # a stream without a file
+                if error.errno in (errno.EPIPE, errno.EIO):  # Python would try it again at its end, and fail
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
 
 console = Console(file=Output(), highlight=False, soft_wrap=True)

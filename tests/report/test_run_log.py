@@ -1,8 +1,14 @@
 """metrics.jsonl has neither gaps nor doubles, whatever was on disk before."""
 
+import errno
+import io
 import json
+import sys
 
-from pgps_jax.report.run_log import Appended, RunLog, read_records
+import pytest
+from rich.table import Table
+
+from pgps_jax.report.run_log import Appended, RunLog, Spoken, complain, read_records, say
 
 
 def test_records_come_back_as_they_were_written(tmp_path):
@@ -90,3 +96,48 @@ def test_lines_that_were_damaged_are_left_out_when_a_run_goes_on(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join([*odd, "[" * 10**5, '{"kind": "st', json.dumps(good)]) + "\n")
     log = RunLog(tmp_path, first_step=5)
     assert log.records == [good] and log.of_kind("step") == [good]
+
+
+def test_what_was_said_before_there_was_a_log_is_logged_without_being_said_again(tmp_path, capsys):
+    spoken = Spoken()
+    spoken.say("batch 12 needs 3 GiB")
+    spoken.say("warning: slow disk")
+    log = RunLog(tmp_path)
+    for line in spoken.lines:
+        log.note(line)
+    log.close()
+    assert capsys.readouterr().out.count("batch 12") == 1
+    assert "batch 12 needs 3 GiB" in (tmp_path / "train.log").read_text()
+    assert [e["text"] for e in log.events] == ["slow disk"]
+
+
+def test_a_table_is_in_the_text_log_as_text(tmp_path, capsys):
+    log, table = RunLog(tmp_path), Table("stage", "steps", title="efficiency")
+    table.add_row("0", "1,575")
+    log.show(table)
+    log.close()
+    for text in (capsys.readouterr().out, (tmp_path / "train.log").read_text()):
+        assert "efficiency" in text and "1,575" in text and "\x1b" not in text
+
+
+class Gone(io.StringIO):
+    """A stream whose reader has gone away."""
+
+    def __init__(self, number):
+        super().__init__()
+        self._number = number
+
+    def flush(self):
+        raise OSError(self._number, "nobody reads this")
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_terminal_that_has_closed_or_a_pipe_that_broke_stops_nothing(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(sys, "stdout", Gone(number))
+    monkeypatch.setattr(sys, "stderr", Gone(number))
+    log = RunLog(tmp_path)
+    log.say("still here")
+    say("still here")
+    complain("still here")
+    log.close()
+    assert "still here" in (tmp_path / "train.log").read_text()

@@ -9,7 +9,7 @@ import pytest
 from pgps_jax.train.stopping import StopRequest
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_signal_is_a_wish_and_not_an_interruption(tmp_path, name):
     with StopRequest(tmp_path) as stop:
         assert stop.reason is None
@@ -29,6 +29,17 @@ def test_a_file_stop_is_a_wish_for_this_session_only(tmp_path):
         assert stop.reason == "file STOP"
     with StopRequest(tmp_path) as stop:
         assert stop.reason is None
+
+
+def test_a_run_under_nohup_does_not_stop_when_its_terminal_closes(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(tmp_path) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.reason is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_are_given_back(tmp_path):
