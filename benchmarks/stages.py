@@ -9,8 +9,8 @@ MODES = ("efficiency", "performance", "pgps", "pgps-plus", "rpss")
 EPOCHS, STEPS_PER_EPOCH = 1000, 250  # nnU-Net's
 INTRODUCTION = """# Stages of every mode
 
-At nnU-Net's 1000 epochs of 250 steps; share is the voxels of one step over those of a step with the planned patch and batch. `rpss` draws one
-of its patches for every step; `reversed` and `random-order` have the stages of `efficiency` in another order. Made by
+At nnU-Net's 1000 epochs of 250 steps; share is the voxels of one step over those of a step with the planned patch and batch. `rpss` draws
+one of its patches for every step; `reversed` and `random-order` have the stages of `efficiency` in another order. Made by
 `python -m benchmarks.stages`."""
 
 
