@@ -111,21 +111,14 @@ class Meter:
         A stage not seen yet lies on the line by voxels through the two stages seen that are nearest to it, but never below the
         nearest one scaled by voxels if it is smaller than that. With only one seen, it costs as much per voxel.
         """
+        return _seconds_per_step(self._median_seconds(), stage)
+
+    def _median_seconds(self) -> dict[Stage, float]:
+        """Of the last steps of every stage seen."""
         seen: dict[int, list[float]] = {}
         for record in self._log.of_kind("step"):
             seen.setdefault(record["stage"], []).append(record["seconds"])
-        if not seen:
-            raise ValueError("no step has been recorded yet")
-        median = {self._schedule.stages[index]: float(np.median(taken[-50:])) for index, taken in seen.items()}
-        if stage in median:
-            return median[stage]
-        nearest, *others = sorted(median, key=lambda s: abs(s.voxels - stage.voxels))
-        proportional = median[nearest] * stage.voxels / nearest.voxels
-        if not others or others[0].voxels == nearest.voxels:
-            return proportional
-        slope = (median[others[0]] - median[nearest]) / (others[0].voxels - nearest.voxels)
-        line = median[nearest] + slope * (stage.voxels - nearest.voxels)
-        return proportional if slope <= 0 else max(line, min(proportional, median[nearest]))
+        return {self._schedule.stages[index]: float(np.median(taken[-50:])) for index, taken in seen.items()}
 
     def best_ema(self) -> float:
         """Highest moving average of the pseudo-Dice so far; -1 before the first epoch."""
@@ -148,10 +141,26 @@ class Meter:
 
     def seconds_left(self, step: int) -> float:
         """Seconds that the steps after this one will take by `seconds_per_step`; NaN before the first record of a step."""
-        if not self._log.of_kind("step"):
+        median = self._median_seconds()
+        if not median:
             return math.nan
         counts = np.bincount(self._schedule.stage_of_step[step + 1:], minlength=len(self._schedule.stages))
-        return float(sum(n * self.seconds_per_step(s) for n, s in zip(counts, self._schedule.stages, strict=True) if n))
+        return float(sum(n * _seconds_per_step(median, stage) for n, stage in zip(counts, self._schedule.stages, strict=True) if n))
+
+
+def _seconds_per_step(median: dict[Stage, float], stage: Stage) -> float:
+    """See `Meter.seconds_per_step`; `median` are the seconds of the stages seen."""
+    if not median:
+        raise ValueError("no step has been recorded yet")
+    if stage in median:
+        return median[stage]
+    nearest, *others = sorted(median, key=lambda s: abs(s.voxels - stage.voxels))
+    proportional = median[nearest] * stage.voxels / nearest.voxels
+    if not others or others[0].voxels == nearest.voxels:
+        return proportional
+    slope = (median[others[0]] - median[nearest]) / (others[0].voxels - nearest.voxels)
+    line = median[nearest] + slope * (stage.voxels - nearest.voxels)
+    return proportional if slope <= 0 else max(line, min(proportional, median[nearest]))
 
 
 def _finite(value: float) -> float | None:

@@ -1,5 +1,6 @@
 """Memory is forecast before the first step; a run that the machine cannot hold is refused with what to change."""
 
+import jax
 import pytest
 
 from pgps_jax.config import NetworkConfig, RunConfig
@@ -8,7 +9,8 @@ from pgps_jax.errors import InputError
 from pgps_jax.main import main
 from pgps_jax.train.device import open_device
 from pgps_jax.train.forecast import forecast
-from pgps_jax.train.programs import ProgramTiming, StagePrograms
+from pgps_jax.train.health import StageTooLarge
+from pgps_jax.train.programs import ProgramError, ProgramTiming, StagePrograms
 from pgps_jax.train.setup import initial_state
 from pgps_jax.workspace import open_experiment
 
@@ -29,10 +31,8 @@ class Measured(StagePrograms):
     def __init__(self, size):
         self.size, self.made = size, []
 
-    def get(self, stage):
-        self.made.append(stage)
-
     def timing(self, stage):
+        self.made.append(stage)
         return ProgramTiming(stage, 0.0, 0.0, False, 0.0, self.size)
 
 
@@ -61,7 +61,7 @@ def test_where_it_may_be_too_little_the_largest_stage_is_compiled_and_its_own_fi
 
 
 def test_a_device_that_is_too_small_is_refused_before_training(run):
-    with pytest.raises(InputError, match=r"needs 5\.00 GiB on each device, and 1\.0 MiB are free.*--accumulate auto"):
+    with pytest.raises(InputError, match=r"needs 5\.00 GiB on each device, and 1\.0 MiB are free.*--fresh --accumulate auto"):
         told(run, Measured(5 * GIB), "gpu", 2**20, 100 * GIB)
 
 
@@ -69,3 +69,13 @@ def test_a_device_that_is_too_small_is_refused_before_training(run):
 def test_too_little_memory_of_the_host_is_refused_before_training(run, platform):
     with pytest.raises(InputError, match="--cache-gb 0"):
         told(run, Measured(10**6), platform, 100 * GIB, 10**8)
+
+
+def test_when_already_the_compiler_runs_out_of_memory_the_largest_stage_is_too_large(run):
+    class Refused(Measured):
+        def timing(self, stage):
+            raise ProgramError("its program could not be made") from jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with pytest.raises(StageTooLarge) as caught:
+        told(run, Refused(0), "gpu", 2**20, 100 * GIB)
+    assert caught.value.stage == run.schedule.stages[-1]

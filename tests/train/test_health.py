@@ -1,9 +1,19 @@
 """Words of warning come once, at the right epoch; skipping has a limit."""
 
+import jax
 import pytest
 
+from pgps_jax.curriculum import Stage
 from pgps_jax.errors import InputError
-from pgps_jax.train.health import BACKGROUND_EPOCHS, MOST_SKIPPED, SkippedSteps, concern
+from pgps_jax.train.health import (
+    BACKGROUND_EPOCHS,
+    MOST_SKIPPED,
+    NotFinite,
+    SkippedSteps,
+    StageTooLarge,
+    concern,
+    memory_errors_of,
+)
 
 
 def epochs(*dice):
@@ -36,3 +46,20 @@ def test_skipped_steps_are_remembered_and_limited(tmp_path):
     assert SkippedSteps(tmp_path).steps == set(range(MOST_SKIPPED))
     with pytest.raises(InputError, match="learning-rate"):
         SkippedSteps(tmp_path).add(99)
+
+
+SMALL, LARGE = Stage(0, (8, 8, 8), 2), Stage(1, (16, 16, 16), 2)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_out_of_memory_names_the_innermost_stage(error):
+    with pytest.raises(StageTooLarge) as caught, memory_errors_of(SMALL), memory_errors_of(LARGE):
+        raise error
+    assert caught.value.stage == LARGE
+
+
+@pytest.mark.parametrize("error", [NotFinite(3), InputError("x"), RuntimeError("out of memory, says somebody")])
+def test_other_errors_pass_as_they_are(error):
+    with pytest.raises(type(error)) as caught, memory_errors_of(SMALL):
+        raise error
+    assert caught.value is error

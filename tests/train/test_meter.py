@@ -1,13 +1,16 @@
 """Records of steps and epochs, averages as nnU-Net's, and forecasts that follow what was measured."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pgps_jax.curriculum import Schedule, Stage
 from pgps_jax.report.run_log import RunLog
-from pgps_jax.train.health import NotFinite
-from pgps_jax.train.meter import Meter, duration
+from pgps_jax.train.health import NotFinite, StageTooLarge, memory_errors_of
+from pgps_jax.train.meter import Meter
 from pgps_jax.train.step import StepMetrics, ValidationCounts
 
 STAGES = (Stage(0, (8, 8, 8), 1), Stage(1, (16, 16, 16), 1), Stage(2, (32, 32, 32), 1))
@@ -77,15 +80,59 @@ def test_a_stage_not_seen_lies_on_the_line_through_the_stages_seen(log):
     assert "about" in meter.forecast(7)
 
 
+@pytest.mark.parametrize("fixed", [0.5, -0.004])
+def test_stages_that_shrink_are_forecast_cheaper_than_the_cheapest_seen_and_never_below_their_voxels(log, fixed):
+    stages = tuple(Stage(i, (size,) * 3, 1) for i, size in enumerate((32, 24, 8)))
+    seconds = [fixed + 1e-5 * stage.voxels for stage in stages]
+    for step in range(8):
+        log.record("step", step, stage=step // 4, loss=0.0, seconds=seconds[step // 4], input_wait=0.0)
+    expected = seconds[2] if fixed > 0 else seconds[1] * 8**3 / 24**3
+    meter = Meter(log, Schedule(stages, SCHEDULE.stage_of_step, SCHEDULE.case_pool_of_step))
+    assert meter.seconds_per_step(stages[2]) == pytest.approx(expected)
+
+
+def test_validation_is_timed_from_the_second_epoch_on_because_the_first_one_compiles(log):
+    meter = Meter(log, SCHEDULE)
+    for epoch, seconds in enumerate((60.0, 5.0, 6.0)):
+        assert meter.seconds_per_validation() == (None, None, 5.0)[epoch]
+        meter.epoch(epoch, 0, 3, 0.01, [counts([1, 1], [0, 0], [0, 0])], seconds)
+
+
 def test_with_one_stage_seen_the_forecast_is_an_upper_limit(log):
     for step in range(4):
         log.record("step", step, stage=0, loss=0.0, seconds=1.0, input_wait=0.0)
     assert "at most" in Meter(log, SCHEDULE).forecast(3)
 
 
-WORDS = [(5, "5 s"), (600, "10 min"), (7200, "2.0 h"), (90 * 3600, "3.8 days"), (float("nan"), "an unknown time")]
+class OutOfMemory:
+    """A number that cannot be fetched, because the device ran out of memory while it computed it."""
+
+    def __float__(self):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes")
 
 
-@pytest.mark.parametrize("seconds, text", WORDS)
-def test_durations_are_said_as_people_do(seconds, text):
-    assert duration(float(seconds)) == text
+def test_out_of_memory_is_blamed_on_the_stage_of_the_step_that_was_waited_for(log):
+    meter = Meter(log, SCHEDULE)
+    meter.note(3, StepMetrics(OutOfMemory(), jnp.float32(1)), 0.0)
+    with pytest.raises(StageTooLarge) as caught, memory_errors_of(STAGES[1]):
+        meter.note(4, StepMetrics(jnp.float32(1), jnp.float32(1)), 0.0)
+    assert caught.value.stage == STAGES[0]
+    meter.settle()
+    assert not log.of_kind("step"), "what could not be fetched is not waited for again"
+
+
+def test_steps_of_a_stage_are_counted_over_its_stretches(log):
+    meter = Meter(log, Schedule(STAGES, np.array([0, 1, 0, 0], np.int32), np.ones(4, np.int32)))
+    counted = []
+    for step in range(4):
+        meter.note(step, StepMetrics(jnp.float32(1), jnp.float32(1)), 0.0)
+        counted.append(meter.steps_in_stage)
+    assert counted == [1, 1, 2, 3]
+
+
+def test_the_time_left_is_unknown_before_the_first_step_and_nothing_after_the_last(log):
+    meter = Meter(log, SCHEDULE)
+    assert math.isnan(meter.seconds_left(0))
+    for step in range(12):
+        log.record("step", step, stage=step // 4, loss=0.0, seconds=1.0 + step // 4, input_wait=0.0)
+    assert meter.seconds_left(7) == 4 * 3.0 and meter.seconds_left(11) == 0

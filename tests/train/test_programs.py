@@ -2,6 +2,7 @@
 
 import os
 import threading
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from pgps_jax.architecture import PatchLimits
 from pgps_jax.curriculum import CurriculumConfig, Stage, make_schedule
 from pgps_jax.train.memory import is_out_of_memory, program_bytes
-from pgps_jax.train.programs import ProgramError, StagePrograms, enable_compilation_cache, halve_batch, more_parts
+from pgps_jax.train.programs import ProgramError, StagePrograms, enable_compilation_cache, halve_batch, more_parts, stages_from
 
 FOURS = PatchLimits((4, 4, 4), (4, 4, 4))
 WAIT = 60  # seconds after which a test that hangs fails instead
@@ -39,7 +40,7 @@ def test_over_a_whole_run_each_stage_compiles_exactly_once(mode):
     state = {"step": jnp.int32(0), "sum": jnp.float32(0)}
     with StagePrograms(lower) as programs:
         if mode == "rpss":
-            programs.prefetch_all(ours.stages)
+            programs.prefetch(*ours.stages)
         for step in range(ours.num_steps):
             stage = ours.stage_at(step)
             program = programs.get(stage)
@@ -47,7 +48,6 @@ def test_over_a_whole_run_each_stage_compiles_exactly_once(mode):
                 programs.prefetch(ours.stages[stage.index + 1])
             state = program(state, jnp.ones(shape(stage)))
         assert dict(programs.compilations) == dict.fromkeys(ours.stages, 1)
-        assert {t.stage for t in programs.timings} == set(ours.stages)
     assert int(state["step"]) == ours.num_steps
     assert float(state["sum"]) == sum(ours.stage_at(step).voxels for step in range(ours.num_steps))
 
@@ -88,7 +88,7 @@ def test_all_programs_of_random_patch_sizes_are_made_side_by_side():
 
     stages = schedule().stages[:4]
     with StagePrograms(lower_in_pairs, threads=2) as programs:
-        programs.prefetch_all(stages)
+        programs.prefetch(*stages)
         for stage in stages:
             programs.get(stage)
 
@@ -96,17 +96,17 @@ def test_all_programs_of_random_patch_sizes_are_made_side_by_side():
 def test_a_timing_tells_tracing_compiling_waiting_and_memory_as_a_record():
     stage = schedule().stages[0]
     with StagePrograms(lower) as programs:
-        program = programs.get(stage)
         timing = programs.timing(stage)
+        program = programs.get(stage)
         assert timing.trace_seconds > 0 and timing.compile_seconds > 0 and not timing.cached
-        assert timing.stall_seconds > 0
+        assert timing.stall_seconds >= timing.trace_seconds + timing.compile_seconds
+        assert programs.timing(stage) == timing._replace(stall_seconds=pytest.approx(0, abs=0.1)), "nobody waits twice"
         assert timing.program_bytes == program_bytes(program)
         record = timing.record()
         assert (record["stage"], record["patch_size"], record["batch_size"]) == (0, [4, 4, 4], 2)
         assert record["compile_seconds"] == timing.compile_seconds
-        assert str(timing).startswith("stage 0 (4x4x4 batch 2): traced")
-        programs.drop(stage)
-        assert programs.timings == [timing]
+        assert str(timing).startswith("stage 0 (4x4x4 batch 2): traced") and "first step" not in str(timing)
+        assert str(timing._replace(first_step_seconds=1.5)).endswith(", first step 1.50 s")
 
 
 def test_a_program_that_was_dropped_is_let_go():
@@ -115,6 +115,31 @@ def test_a_program_that_was_dropped_is_let_go():
         first = programs.get(stage)
         programs.drop(stage)
         assert programs.get(stage) is not first and programs.compilations[stage] == 2
+
+
+def test_programs_that_are_not_kept_are_let_go_and_not_even_begun_where_their_turn_has_not_come():
+    begun, go_on = [], threading.Event()
+
+    def lower_slowly(stage):
+        begun.append(stage)
+        assert go_on.wait(WAIT)
+        return lower(stage)
+
+    stages = schedule().stages[:4]
+    with StagePrograms(lower_slowly, threads=1) as programs:
+        programs.prefetch(*stages)
+        programs.keep(stages[:1])
+        go_on.set()
+        programs.get(stages[0])
+        programs.get(stages[3])
+    assert begun == [stages[0], stages[3]]
+
+
+def test_stages_still_in_use_come_in_the_order_of_their_first_use():
+    ours = schedule()
+    a, b, c = ours.stages[:3]
+    drawn = replace(ours, stage_of_step=np.array([0, 2, 1, 2, 1], np.int32), case_pool_of_step=np.ones(5, np.int32))
+    assert [stages_from(drawn, step) for step in range(5)] == [[a, c, b], [c, b], [b, c], [c, b], [b]]
 
 
 def test_an_error_in_the_background_is_raised_by_get_with_the_stage_named_and_can_be_retried():
