@@ -95,16 +95,16 @@ class Predict:
     """Folder for the segmentations."""
     mirror_tta: bool = True
     """Average over mirrored images (8 times the work in 3D)."""
-    overlap: float = 0.5
+    step_size: float = 0.5
     """Step between tiles as a share of the patch."""
-    checkpoint: str = "last"
-    """Which checkpoint: last or best."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which checkpoint."""
     skip_outside: bool = False
     """Leave out tiles in which every channel is constant, such as air masked to zero; what no other tile covers is background."""
     save_probabilities: bool = False
-    """Also write CASE.npz with class probabilities."""
+    """Also write CASE.npz with class probabilities, and CASE.pkl, with which nnU-Net reads them."""
     overwrite: bool = False
-    """Predict cases again whose segmentation exists."""
+    """Predict cases again whose segmentation exists; needed where another run or other flags made them."""
     ignore_orientation: bool = False
     """Take images as they are stored, as nnU-Net does, also where their axes run otherwise than the training images'."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
@@ -124,7 +124,7 @@ class Evaluate:
     """Compare segmentations with references and write nnU-Net's summary.json."""
 
     predictions: tyro.conf.Positional[Path]
-    """Folder of segmentations."""
+    """Folder of segmentations, or a run: its validation cases, of all folds in it."""
     references: tyro.conf.Positional[Path]
     """Folder of reference labels with the same file names."""
     dataset_json: Path | None = None
@@ -157,7 +157,7 @@ class FindPostprocessing:
     """Find out on cross-validation predictions whether keeping only the largest components raises the Dice."""
 
     predictions: tyro.conf.Positional[Path]
-    """Folder of segmentations."""
+    """Folder of segmentations, or a run: its validation cases, of all folds in it."""
     references: tyro.conf.Positional[Path]
     """Folder of reference labels with the same file names."""
     dataset_json: Path | None = None
@@ -251,6 +251,14 @@ class ExportNnunet:
 
 
 @dataclass(frozen=True)
+class ExportPreprocessed:
+    """Write CASE.pkl beside every preprocessed case, so that nnU-Net can train from the folder."""
+
+    folder: tyro.conf.Positional[Path]
+    """…/preprocessed/<dataset>/<plans>_<configuration>."""
+
+
+@dataclass(frozen=True)
 class ImportMonai:
     """Make a run folder of a UNETR or SwinUNETR that was trained with MONAI, so that `predict` can use it."""
 
@@ -299,6 +307,7 @@ Command = (
     | Annotated[ConvertMsd, tyro.conf.subcommand("convert-msd")]
     | Annotated[ImportNnunet, tyro.conf.subcommand("import-nnunet")]
     | Annotated[ExportNnunet, tyro.conf.subcommand("export-nnunet")]
+    | Annotated[ExportPreprocessed, tyro.conf.subcommand("export-preprocessed")]
     | Annotated[ImportMonai, tyro.conf.subcommand("import-monai")]
     | Annotated[ExportMonai, tyro.conf.subcommand("export-monai")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]

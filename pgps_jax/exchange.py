@@ -29,30 +29,55 @@ from pgps_jax.workspace import read_json, write_json
 def import_nnunet(results: Path, output: Path) -> list[Path]:
     """Make one run folder per fold of nnU-Net's results folder; `predict` takes any of them, or `output` for all.
 
-    Raises InputError when the folder holds no model that is understood, or a run folder exists.
+    Raises InputError when the folder holds no model that is understood, the second network of a cascade, or a run folder exists.
     """
     folds = find_folds(results)
     model = read_nnunet_model(results, folds)
     plan = Plan.from_json(model.plans)
+    if stage := plan.configurations[model.configuration].previous_stage:
+        raise InputError(f"{results}: {model.configuration} takes the segmentation of {stage} beside the image, and cascades are not "
+                         "computed here; import 3d_fullres or 3d_lowres")
+    # nnU-Net's reorienting reader turns every image to RAS; its others take images as they are
+    orientation = "RAS" if plan.image_reader_writer.endswith("WithReorient") else None
     folders = [output / f"fold_{fold}" for fold in folds]
     for folder in folders:
         if folder.exists():
             raise InputError(f"{folder}: exists already; name another output folder")
     for folder, params in zip(folders, model.params, strict=True):
-        _write_run(folder, plan, model.dataset, model.configuration, params, list(model.mirror_axes), results)
+        _write_run(folder, plan, model.dataset, model.configuration, params, list(model.mirror_axes), results, orientation)
     return folders
 
 
-def export_nnunet(run: Path, output: Path, checkpoint: str = "last") -> None:
-    """Write the folds of a run as a folder that nnU-Net's predictor loads strictly."""
+def export_nnunet(run: Path, output: Path, checkpoint: str = "last") -> str | None:
+    """Write the folds of a run as a folder that nnU-Net's predictor loads strictly.
+
+    nnU-Net writes the number of an output as its label, so labels are numbered without gaps in the exported dataset.json;
+    returns a sentence about it where that changes them.
+    """
     folders = fold_folders(run)
     plan = read_plan(folders[0] / "plan.json")
     inference = read_inference(folders[0], plan)
+    dataset = read_json(folders[0] / "dataset.json")
+    labels = Labels.from_json(dataset)
     write_nnunet_model(
-        output, plan.to_json(), read_json(folders[0] / "dataset.json"), inference.configuration,
+        output, plan.to_json(), with_consecutive_labels(dataset, labels), inference.configuration,
         {_fold_of(folder): load_params(folder / "checkpoints", checkpoint) for folder in folders},
         [axis for axis in inference.mirror_axes if axis != inference.swap_axis],  # nnU-Net cannot exchange labels
     )
+    if not labels.raw_values:
+        return None
+    changed = ", ".join(f"{raw} as {i}" for i, raw in enumerate(labels.raw_values) if raw != i)
+    return f"nnU-Net numbers labels without gaps and will write {changed}; dataset.json of the export says so"
+
+
+def with_consecutive_labels(dataset: dict, labels: Labels) -> dict:
+    """dataset.json with labels 0, 1, ..., K as the network numbers them; `labels` are those of the dataset.json."""
+    if not labels.raw_values:
+        return dataset
+    numbered = {name: list(value) if isinstance(value, tuple) else value for name, value in zip(labels.names, labels.values, strict=True)}
+    numbered |= {} if labels.ignore is None else {"ignore": labels.ignore}
+    order = {} if labels.regions_class_order is None else {"regions_class_order": list(labels.regions_class_order)}
+    return dataset | {"labels": numbered} | order
 
 
 def import_monai(weights: Path, plan: Plan, dataset: dict, configuration: Configuration, output: Path) -> Path:
@@ -115,14 +140,15 @@ def monai_class(architecture: Architecture) -> tuple[str, dict]:
     raise InputError(f"MONAI has no {architecture.backbone} of nnU-Net's kind; use `export-nnunet` for this run")
 
 
-def _write_run(folder: Path, plan: Plan, dataset: dict, configuration: str, params: dict, mirror_axes: list[int], source: Path) -> None:
+def _write_run(folder: Path, plan: Plan, dataset: dict, configuration: str, params: dict, mirror_axes: list[int], source: Path,
+               orientation: str | None = None) -> None:
     """A run folder that was not trained here."""
     folder.mkdir(parents=True)
     write_plan(plan, folder / "plan.json")
     write_json(folder / "dataset.json", dataset)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save("last", TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, params), {}), 0, {"from": str(source)})
-    write_json(folder / "inference.json", {"configuration": configuration, "mirror_axes": mirror_axes})
+    write_json(folder / "inference.json", {"configuration": configuration, "mirror_axes": mirror_axes, "orientation": orientation})
 
 
 def _fold_of(folder: Path) -> int | str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pgps_jax.config import from_json
 from pgps_jax.data.nifti import check_orientation
@@ -23,7 +24,9 @@ class Inference:
     swap_pairs: tuple[tuple[int, int], ...] = ()
     """Labels of left and right that belong together."""
     orientation: str | None = None
-    """Axis codes of the training images, such as "RAS"; imported models do not know theirs."""
+    """Axis codes of the training images, such as "RAS"; imported models know theirs only if nnU-Net turned its images."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the network was trained to compute in; auto is decided by the device."""
 
 
 def read_inference(run: Path, plan: Plan) -> Inference:

@@ -21,6 +21,7 @@ from pgps_jax.commands import (
     Evaluate,
     ExportMonai,
     ExportNnunet,
+    ExportPreprocessed,
     FetchMsd,
     FindPostprocessing,
     ImportMonai,
@@ -42,9 +43,10 @@ from pgps_jax.data.repair import repair
 from pgps_jax.data.synthetic import write_phantom_dataset
 from pgps_jax.errors import InputError
 from pgps_jax.evaluate.postprocess import apply_postprocessing, decide_postprocessing, read_postprocessing, write_postprocessing
-from pgps_jax.evaluate.summary import evaluate_folder
+from pgps_jax.evaluate.summary import check_output_file, evaluate_folder, without_prediction
 from pgps_jax.exchange import export_monai, export_nnunet, import_monai, import_nnunet
 from pgps_jax.infer.predict import predict_folder
+from pgps_jax.interop.preprocessed import export_properties
 from pgps_jax.json_file import write_json
 from pgps_jax.report.bench import advice, bench_table, overall_limit
 from pgps_jax.report.comparison import class_names, compare, comparison_table, plot_comparison, read_contenders
@@ -60,7 +62,7 @@ from pgps_jax.train.only_process import only_process
 from pgps_jax.train.pretrained import check_pretrained, prepare_start, write_start
 from pgps_jax.train.programs import enable_compilation_cache
 from pgps_jax.train.sizing import sized
-from pgps_jax.validate import dice_table, load_predictor, other_orientations, validate
+from pgps_jax.validate import checkpoint_steps, dice_table, load_predictor, other_orientations, unfinished, validate
 
 EXIT_BAD_INPUT = 2
 CACHE_BYTES = 4 * 2**30
@@ -149,7 +151,7 @@ def run_training(config: RunConfig) -> dict:
         train(experiment, spoken.lines)
         with CaseProgress("validation") as progress:
             summary = validate(experiment, progress)
-    console.print(dice_table(summary, experiment.labels))
+    console.print(dice_table(summary, experiment.labels, "training cases" if config.fold == "all" else "cases"))
     say(f"run: {experiment.folder}\npicture: {experiment.folder / 'progress.png'}\n"
         f"summary: {experiment.folder / 'validation' / 'summary.json'}")
     return summary
@@ -202,7 +204,9 @@ def predict(command: Predict) -> None:
     """Segment a folder of images."""
     choose_platform(command.device)
     enable_compilation_cache(cache_folder(), CACHE_BYTES)
-    predictor = load_predictor(command.run, command.checkpoint, command.mirror_tta, command.overlap, command.skip_outside)
+    predictor = load_predictor(command.run, command.checkpoint, command.mirror_tta, command.step_size, command.skip_outside)
+    for fold in unfinished(command.run):
+        complain(f"warning: this training is not finished: {fold}")
     if others := other_orientations(predictor, command.images):
         if command.ignore_orientation:
             complain(f"warning: {others} images are not stored as {predictor.orientation} like the training images, and are taken as they "
@@ -211,10 +215,14 @@ def predict(command: Predict) -> None:
             say(f"{others} images are turned to {predictor.orientation}, like the training images, and their segmentations back")
     if command.ignore_orientation:
         predictor = dataclasses.replace(predictor, orientation=None)
+    flags = ("checkpoint", "mirror_tta", "step_size", "skip_outside", "ignore_orientation")
+    made_by = {"run": str(command.run.resolve()), "steps": checkpoint_steps(command.run, command.checkpoint),
+               **{flag: getattr(command, flag) for flag in flags}}
     with CaseProgress("prediction") as progress:
         done = predict_folder(predictor, command.images, command.output, save_probabilities=command.save_probabilities,
-                              overwrite=command.overwrite, progress=progress)
-    say(f"{len(done)} segmentations: {command.output}")
+                              overwrite=command.overwrite, made_by=made_by, progress=progress, tile_progress=progress)
+    kept = f", {done.kept} kept (--overwrite makes them again)" if done.kept else ""
+    say(f"{len(done.written)} segmentations written{kept}: {command.output}")
 
 
 def evaluate(command: Evaluate) -> None:
@@ -225,7 +233,14 @@ def evaluate(command: Evaluate) -> None:
         summary = evaluate_folder(command.predictions, command.references, labels, command.workers, progress, output,
                                   command.surface_tolerance, command.lesions)
     console.print(dice_table(summary, labels))
+    say_what_does_not_count(command)
     say(f"summary: {output}")
+
+
+def say_what_does_not_count(command: Evaluate | FindPostprocessing) -> None:
+    """Say how many references have no prediction. Raises InputError without folders or predictions."""
+    if missing := without_prediction(command.predictions, command.references):
+        say(f"{len(missing)} references have no prediction and do not count")
 
 
 def compare_trainings(command: Compare) -> None:
@@ -243,9 +258,11 @@ def compare_trainings(command: Compare) -> None:
 def find_postprocessing(command: FindPostprocessing) -> None:
     """Write postprocessing.json and say what was decided."""
     labels = workspace.find_labels(command.dataset_json, command.predictions, command.references)
+    output = command.output or command.predictions / "postprocessing.json"
+    say_what_does_not_count(command)
+    check_output_file(output)
     with CaseProgress("trying steps") as progress:
         decision = decide_postprocessing(command.predictions, command.references, labels, progress=progress)
-    output = command.output or command.predictions / "postprocessing.json"
     write_postprocessing(decision, output)
     kept = decision.postprocessing.keep_largest_of
     say(f"largest component is kept of: {', '.join(map(str, kept)) if kept else 'nothing'}; {output}")
@@ -372,8 +389,13 @@ def execute(command: object) -> int:
                 for folder in import_nnunet(command.results, command.output):
                     say(f"run: {folder}")
             case ExportNnunet():
-                export_nnunet(command.run, command.output, command.checkpoint)
+                if note := export_nnunet(command.run, command.output, command.checkpoint):
+                    say(note)
                 say(f"nnU-Net model: {command.output}")
+            case ExportPreprocessed():
+                with CaseProgress("exporting") as progress:
+                    export_properties(command.folder, progress)
+                say(f"nnU-Net's properties of cases: {command.folder}")
             case ImportMonai():
                 _, planned, dataset = workspace.planned(command.dataset, command.workspace, command.planner)
                 configuration = workspace.configuration_of(planned, command.configuration, command.network, say=say)

@@ -22,13 +22,14 @@ from pgps_jax.data.folds import Fold, cases_of_fold, leaks, make_folds, read_fol
 from pgps_jax.data.identity import identity, refuse_changed
 from pgps_jax.data.label_pairs import left_right_axis, name_pairs
 from pgps_jax.data.nifti import axis_codes
-from pgps_jax.data.plan import Configuration, Plan, read_plan, write_plan
+from pgps_jax.data.plan import Configuration, Plan, check_preprocessing, read_plan, write_plan
 from pgps_jax.data.planner import Overrides, make_plan
 from pgps_jax.data.preprocess import keep_references, preprocess_dataset
 from pgps_jax.data.similarity import ranked_cases
 from pgps_jax.data.store import CaseStore
 from pgps_jax.data.stray_cases import stray_cases
 from pgps_jax.errors import InputError
+from pgps_jax.evaluate.summary import references_of
 from pgps_jax.folder_lock import hold_folder
 from pgps_jax.json_file import read_json, write_json
 from pgps_jax.models import limits
@@ -143,15 +144,31 @@ def configuration_of(
     plan: Plan, name: str, network: NetworkConfig = NetworkConfig(), batch_size: int | None = None,  # noqa: B008 (frozen)
     say: Callable[[str], None] = lambda _: None,
 ) -> Configuration:
-    """A configuration of the plan, with network and batch size changed as asked; `say` hears of a patch changed on the way."""
+    """A configuration of the plan, with network and batch size changed as asked; `say` hears of a patch changed on the way.
+
+    Raises InputError for one that the plan does not have, the second network of a cascade, or preprocessing not done here.
+    """
     if name not in plan.configurations:
         raise InputError(f"--configuration {name}: the plan has {', '.join(plan.configurations)}")
     configuration = plan.configurations[name]
+    if configuration.previous_stage is not None:
+        raise InputError(f"--configuration {name}: takes the segmentation of {configuration.previous_stage} beside the image, and cascades "
+                         "are not trained here; use 3d_fullres or 3d_lowres")
+    check_preprocessing(configuration)
     if batch_size is not None:
         if batch_size < 1:
             raise InputError(f"--batch-size {batch_size}: must be at least 1")
         configuration = dataclasses.replace(configuration, batch_size=batch_size)
     return with_network(configuration, network, say)
+
+
+def check_references(preprocessed: Path, case_ids: Sequence[str]) -> None:
+    """Raise InputError unless every case has its reference label map in gt_segmentations: found out before training, not after."""
+    folder = preprocessed / "gt_segmentations"
+    missing = sorted(set(case_ids) - set(references_of(folder)))
+    if missing:
+        raise InputError(f"{folder}: has no reference label map of {len(missing)} of {len(case_ids)} cases, such as {missing[0]}; "
+                         "copy them there from labelsTr, or preprocess again")
 
 
 def preprocess(
@@ -290,6 +307,7 @@ def open_experiment(
     configuration = configuration_of(plan, config.configuration, config.network, config.batch_size, say)
     store = CaseStore(preprocessed / configuration.data_identifier)
     train_ids, validation_ids = cases_to_train(config, configuration, preprocessed)
+    check_references(preprocessed, validation_ids)
 
     folder = run_folder(config)
     if goes_on(config):
@@ -377,7 +395,7 @@ def note_on_warm_up(config: RunConfig, schedule: Schedule) -> str | None:
     short = [steps for *_, steps in runs if steps < config.optim.warmup_steps]
     if not short or len(runs) > len(schedule.stages):
         return None
-    return (f"note: --optim.warmup-steps {config.optim.warmup_steps}: the learning rate does not rise to its full height in {len(short)} of "
+    return (f"note: --optim.warmup-steps {config.optim.warmup_steps}: the learning rate does not reach its full height in {len(short)} of "
             f"{len(runs)} stages, the shortest of which has {min(short)} steps")
 
 
@@ -426,7 +444,7 @@ def write_run_folder(experiment: Experiment, environment: dict) -> None:
     write_json(folder / "inference.json", {
         "configuration": experiment.config.configuration, "mirror_axes": list(experiment.policy.mirror_axes),
         "swap_axis": experiment.policy.swap_axis, "swap_pairs": [list(pair) for pair in experiment.policy.swap_pairs],
-        "orientation": training_orientation(experiment.store, experiment.train_ids)})
+        "orientation": training_orientation(experiment.store, experiment.train_ids), "precision": experiment.config.network.precision})
     write_json(folder / "config.json", to_json(dataclasses.replace(experiment.config, fresh=False)))
 
 
@@ -473,6 +491,7 @@ def find_labels(dataset_json: Path | None, predictions: Path, references: Path) 
     if dataset_json is not None:
         return Labels.from_json(read_json(dataset_json))
     places = [folder / "dataset.json" for f in (predictions, references) for folder in (f, f.parent)]
+    places += sorted(predictions.glob("fold_*/dataset.json"))  # of all folds of a run
     for place in places:
         if place.exists():
             return Labels.from_json(read_json(place))

@@ -5,6 +5,8 @@ All of it follows nnU-Net's predictor, except that sums are kept in float32 wher
 
 import itertools
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -62,7 +64,7 @@ class SlidingWindow:
     """Logits of whole volumes by one network; keeps what is compiled, so that the next volume starts at once.
 
     There is one program per (number of channels, shape of the parameters): tile shape and tile batch are fixed, short
-    batches are filled with a repeated tile. Mirroring is done inside the program, by a flag: eight mirrored passes cost
+    batches are filled with a repeated tile. Mirroring is done inside the program, by flags: eight mirrored passes cost
     one compilation, and XLA's fast CPU convolutions stay in use (they are not inside a loop).
     """
 
@@ -113,9 +115,9 @@ class SlidingWindow:
         self.outside = outside
         self.memory_limit = memory_limit
         self._weight = gaussian_map(patch_size)
-        self._flips = [s for n in range(len(self.mirror_axes) + 1) for s in itertools.combinations(self.mirror_axes, n)]
-        self._add_pass = jax.jit(
-            partial(_add_pass, network_fn, self._flips, swap), donate_argnums=2, compiler_options=compiler_options)
+        axes = self.mirror_axes
+        self._flips = [np.isin(axes, chosen) for n in range(len(axes) + 1) for chosen in itertools.combinations(axes, n)]
+        self._add_pass = jax.jit(partial(_add_pass, network_fn, axes, swap), donate_argnums=2, compiler_options=compiler_options)
         self._finish = jax.jit(_finish)
 
     def __call__(
@@ -130,6 +132,8 @@ class SlidingWindow:
             fold_params: parameters of each fold; on the device already, or NumPy arrays.
             image: preprocessed channels.
             progress: called with (tiles done, tiles in all).
+
+        Raises InputError when logits beyond the memory limit do not fit the disk of temporary files.
         """
         size = image.shape[1:]
         padding = pad_to_patch(size, self.patch_size)
@@ -171,8 +175,8 @@ class SlidingWindow:
         tiles = jnp.asarray(np.ascontiguousarray(np.moveaxis(np.stack(cuts), 1, -1), np.float32))
         total = jnp.zeros((self.tile_batch, *self.patch_size, self.num_outputs), jnp.float32)
         for params in fold_params:
-            for flip in range(len(self._flips)):
-                total = self._add_pass(params, tiles, total, np.int32(flip))
+            for flips in self._flips:
+                total = self._add_pass(params, tiles, total, flips)
         return self._finish(total, self._weight / np.float32(len(fold_params) * len(self._flips)))
 
     def _divide(self, logits: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -186,19 +190,6 @@ class SlidingWindow:
         return logits
 
 
-def predict_logits(
-    network_fn: NetworkFunction,
-    params: PyTree,
-    image: Float[np.ndarray, "c d h w"],
-    patch_size: Size,
-    num_outputs: int,
-    mirror_axes: Sequence[int] = (),
-    **options: Any,
-) -> Float[np.ndarray, "k d h w"]:
-    """Logits of one volume by one network; for several volumes keep a `SlidingWindow`, whose arguments these are."""
-    return SlidingWindow(network_fn, patch_size, num_outputs, mirror_axes, **options)([params], image)
-
-
 def default_tile_batch(patch_size: Size) -> int:
     """Tiles per call: 1 on CPU (a tile fills the cores); elsewhere enough small tiles to fill the device, at most 8."""
     if jax.default_backend() == "cpu":
@@ -206,21 +197,22 @@ def default_tile_batch(patch_size: Size) -> int:
     return int(np.clip(2**21 // math.prod(patch_size), 1, 8))
 
 
-def _add_pass(network_fn: NetworkFunction, flips: list[tuple[int, ...]], swap: tuple[int, Sequence[int]] | None, params: PyTree,
-              tiles: Array, total: Array, flip: Array) -> Array:
-    """Add the logits of one mirrored pass, mirrored back. `flip` chooses the subset of axes while running."""
-    if len(flips) == 1:
-        return total + network_fn(params, tiles).astype(jnp.float32)
+def _add_pass(network_fn: NetworkFunction, axes: tuple[int, ...], swap: tuple[int, Sequence[int]] | None, params: PyTree,
+              tiles: Array, total: Array, flips: Array) -> Array:
+    """Add the logits of one mirrored pass, mirrored back. `flips` tells while running which of the `axes` to mirror.
 
-    def mirrored(axes: tuple[int, ...], x: Array) -> Array:
-        return jnp.flip(x, [axis + 1 for axis in axes]) if axes else x
+    By selection: for a branch the host would wait on GPU until the device has come to it.
+    """
 
-    def mirrored_back(axes: tuple[int, ...], logits: Array) -> Array:
-        logits = mirrored(axes, logits)
-        return logits[..., np.array(swap[1])] if swap and swap[0] in axes else logits
+    def mirrored(x: Array) -> Array:
+        for flip, axis in zip(flips, axes, strict=True):
+            x = jnp.where(flip, jnp.flip(x, axis + 1), x)
+        return x
 
-    logits = network_fn(params, jax.lax.switch(flip, [partial(mirrored, axes) for axes in flips], tiles))
-    return total + jax.lax.switch(flip, [partial(mirrored_back, axes) for axes in flips], logits.astype(jnp.float32))
+    logits = mirrored(network_fn(params, mirrored(tiles)).astype(jnp.float32))
+    if swap and swap[0] in axes:
+        logits = jnp.where(flips[axes.index(swap[0])], logits[..., np.array(swap[1])], logits)
+    return total + logits
 
 
 def _finish(total: Array, weight: Array) -> Array:
@@ -238,7 +230,19 @@ def _is_constant(tile: np.ndarray) -> bool:
 
 
 def _accumulator(shape: tuple[int, ...], memory_limit: int) -> np.ndarray:
-    if math.prod(shape) * 4 <= memory_limit:
+    """Zeros, in a file beyond the limit; its space is taken now, for a mapped file on a full disk ends the process without a word."""
+    needed = math.prod(shape) * 4
+    if needed <= memory_limit:
         return np.zeros(shape, np.float32)
-    with tempfile.TemporaryFile() as file:  # the mapping keeps the unnamed file alive; it vanishes with the array
-        return np.memmap(file, np.float32, "w+", shape=shape)
+    folder = tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps the unnamed file alive; it vanishes with the array
+            if shutil.disk_usage(folder).free < needed:
+                raise OSError("too little space")
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, needed)
+            return np.memmap(file, np.float32, "w+", shape=shape)
+    except OSError as error:
+        raise InputError(f"the logits of this volume need {needed / 1e9:.1f} GB of temporary files, but {folder} has "
+                         f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free ({error}); free some, or name a larger folder by the "
+                         "environment variable TMPDIR") from None

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from pgps_jax.data.plan import Plan, read_plan, write_plan
+from pgps_jax.data.plan import Plan, check_preprocessing, read_plan, write_plan
 from pgps_jax.errors import InputError
+from pgps_jax.workspace import configuration_of
 
 
 def current() -> dict:
@@ -204,3 +205,36 @@ def test_real_plans_survive_reading_and_writing(real_parity):
         for configuration in plan.configurations.values():  # and what we would write of our own is the same
             own = dataclasses.replace(configuration, entry={}, own_keys=()).to_json()
             assert own == content["configurations"][configuration.name]
+
+
+RESAMPLING = {"preprocessor_name": "DefaultPreprocessor", "resampling_fn_data": "resample_data_or_seg_to_shape",
+              "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({}, None),
+    ({"resampling_fn_data_kwargs": {"force_separate_z": None}}, None),  # nnU-Net's defaults stand for what is not named
+    ({"resampling_fn_data": "resample_torch_fornnunet"}, "resampling_fn_data 'resample_torch_fornnunet'"),
+    ({"resampling_fn_data_kwargs": {"force_separate_z": False}}, "resampling_fn_data_kwargs"),
+    ({"resampling_fn_data_kwargs": {"force_separate_z": None, "order": 1}}, "resampling_fn_data_kwargs"),
+    ({"preprocessor_name": "Mine"}, "preprocessor_name 'Mine'"),
+])  # fmt: skip
+def test_a_plan_of_other_preprocessing_can_be_read_but_not_used(changes, words):
+    content = current()
+    content["configurations"]["3d_fullres"] |= RESAMPLING | changes
+    configuration = Plan.from_json(content).configurations["3d_big"]
+    if words is None:
+        check_preprocessing(configuration)
+        return
+    with pytest.raises(InputError, match=words):
+        check_preprocessing(configuration)
+
+
+def test_the_second_network_of_a_cascade_is_not_trained_as_if_it_were_alone():
+    content = current()
+    content["configurations"]["3d_fullres"] |= RESAMPLING
+    content["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    plan = Plan.from_json(content)
+    assert configuration_of(plan, "3d_fullres").previous_stage is None
+    with pytest.raises(InputError, match="segmentation of 3d_lowres"):
+        configuration_of(plan, "3d_cascade_fullres")

@@ -1,13 +1,20 @@
 """A predictor that any test can follow by hand: its network calls bright voxels foreground."""
 
+import json
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from pgps_jax.data.dataset import Labels
-from pgps_jax.data.plan import Plan
+from pgps_jax.data.plan import Plan, write_plan
 from pgps_jax.infer.predict import Predictor
 from pgps_jax.infer.sliding_window import SlidingWindow
+from pgps_jax.models import build
+from pgps_jax.train.checkpoint import Checkpoints
+from pgps_jax.train.state import TrainState
 
 
 def plans_json(spacing=(1.0, 1.0, 1.0), transpose=(0, 1, 2), channels=1) -> dict:
@@ -91,3 +98,22 @@ def bright_is_foreground():
         return Predictor(plan, plan.configurations["3d_fullres"], labels, ("MRI", "T2")[:channels], params, window)
 
     return make
+
+
+@pytest.fixture
+def run(small_plans, tmp_path):
+    """A run folder with random weights, trained, as it says, on LPS images."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    plan, labels = Plan.from_json(small_plans), {"labels": {"background": 0, "a": 1, "b": 2}}
+    write_plan(plan, folder / "plan.json")
+    (folder / "dataset.json").write_text(json.dumps({**labels, "channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}))
+    (folder / "inference.json").write_text(json.dumps({"configuration": "3d_fullres", "mirror_axes": [], "orientation": "LPS"}))
+    outputs = Labels.from_json(labels).num_outputs
+    network = nnx.eval_shape(lambda: build(plan.configurations["3d_fullres"].architecture, 1, outputs, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32),
+                          nnx.to_pure_dict(nnx.split(network, nnx.Param)[1]))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save("last", TrainState(jnp.int32(0), params, {}), 0, {})
+    return folder

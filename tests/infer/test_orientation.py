@@ -3,24 +3,17 @@
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from pgps_jax.data.labels import Labels
 from pgps_jax.data.nifti import read_volume, reorient, write_volume
-from pgps_jax.data.plan import Plan, write_plan
+from pgps_jax.data.plan import Plan
 from pgps_jax.data.store import CaseStore, StoredCase
 from pgps_jax.errors import InputError
 from pgps_jax.exchange import export_nnunet
 from pgps_jax.infer.predict import find_cases
 from pgps_jax.interop.pickles import read_checkpoint
 from pgps_jax.main import main
-from pgps_jax.models import build
-from pgps_jax.train.checkpoint import Checkpoints
-from pgps_jax.train.state import TrainState
 from pgps_jax.validate import load_predictor
 from pgps_jax.workspace import common_left_right_axis, training_orientation
 
@@ -53,25 +46,6 @@ def test_the_left_right_axis_is_that_of_all_images_as_they_were_preprocessed(sma
     assert common_left_right_axis(store(turned, LPS), ["0", "1"], plan) == 2
     with pytest.raises(InputError, match="axis 2 in case 0, along axis 0 in case 2"):
         common_left_right_axis(store(RAS, LPS, sagittal), ["0", "1", "2"], plan)
-
-
-@pytest.fixture
-def run(small_plans, tmp_path):
-    """A run folder with random weights, trained, as it says, on LPS images."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    plan, labels = Plan.from_json(small_plans), {"labels": {"background": 0, "a": 1, "b": 2}}
-    write_plan(plan, folder / "plan.json")
-    (folder / "dataset.json").write_text(json.dumps({**labels, "channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}))
-    store_inference(folder, orientation="LPS")
-    outputs = Labels.from_json(labels).num_outputs
-    network = nnx.eval_shape(lambda: build(plan.configurations["3d_fullres"].architecture, 1, outputs, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32),
-                          nnx.to_pure_dict(nnx.split(network, nnx.Param)[1]))
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save("last", TrainState(jnp.int32(0), params, {}), 0, {})
-    return folder
 
 
 def store_inference(folder, **more):

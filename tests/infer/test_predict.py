@@ -3,17 +3,19 @@
 from dataclasses import replace
 
 import jax.numpy as jnp
+import nibabel
 import numpy as np
 import pytest
 from flax import nnx
 from jax.tree_util import tree_map
 
-from pgps_jax.data.dataset import Labels
+from pgps_jax.data.dataset import Labels, RawCase
 from pgps_jax.data.nifti import Volume, read_volume, reorient, write_volume
 from pgps_jax.data.plan import Plan
 from pgps_jax.errors import InputError
 from pgps_jax.infer.predict import find_cases, make_predictor, predict_folder
 from pgps_jax.infer.sliding_window import SlidingWindow
+from pgps_jax.interop.pickles import read_properties
 from pgps_jax.models import build
 
 
@@ -68,8 +70,10 @@ def test_a_folder_gives_the_same_labels_in_the_frame_of_its_images(bright_is_for
     predictor = bright_is_foreground(channels=2)
     for seed, case in enumerate(["a", "b_1", "c"]):
         write_case(tmp_path / "in", case, channels=2, seed=seed)
-    calls = []
-    written = predict_folder(predictor, tmp_path / "in", tmp_path / "out", progress=lambda *x: calls.append(x))
+    calls, tiles = [], []
+    written, kept = predict_folder(predictor, tmp_path / "in", tmp_path / "out", progress=lambda *x: calls.append(x),
+                                   tile_progress=lambda *x: tiles.append(x))
+    assert kept == 0 and tiles[0] == (0, 3, "tile 1 of 4")
     assert [path.name for path in written] == ["a.nii.gz", "b_1.nii.gz", "c.nii.gz"]
     assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in written)
@@ -109,11 +113,43 @@ def test_existing_segmentations_are_kept_unless_told_otherwise(bright_is_foregro
         write_case(tmp_path / "in", case)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
-    assert [p.name for p in predict_folder(predictor, tmp_path / "in", tmp_path / "out")] == ["b.nii.gz"]
+    written, kept = predict_folder(predictor, tmp_path / "in", tmp_path / "out")
+    assert [p.name for p in written] == ["b.nii.gz"] and kept == 1
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"mine"
-    assert len(predict_folder(predictor, tmp_path / "in", tmp_path / "out", overwrite=True)) == 2
+    assert len(predict_folder(predictor, tmp_path / "in", tmp_path / "out", overwrite=True).written) == 2
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() != b"mine"
-    assert predict_folder(predictor, tmp_path / "in", tmp_path / "out") == []
+    assert predict_folder(predictor, tmp_path / "in", tmp_path / "out") == ((), 2)
+
+
+def test_segmentations_made_otherwise_are_neither_kept_silently_nor_mixed_with_new_ones(bright_is_foreground, tmp_path):
+    predictor, out = bright_is_foreground(), tmp_path / "out"
+    for case in "ab":
+        write_case(tmp_path / "in", case)
+    one, other = {"run": "one", "step_size": 0.5}, {"run": "other", "step_size": 0.5}
+    predict_folder(predictor, tmp_path / "in", out, made_by=one)
+    assert predict_folder(predictor, tmp_path / "in", out, made_by=one).kept == 2
+    with pytest.raises(InputError, match=r"predict\.json.*run \('one' there, 'other' now\).*--overwrite"):
+        predict_folder(predictor, tmp_path / "in", out, made_by=other)
+    stopping = replace(predictor, window=SlidingWindow(stop, (8, 8, 8), 3))
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder(stopping, tmp_path / "in", out, made_by=other, overwrite=True)
+    assert [p.name for p in out.iterdir()] == ["predict.json"], "what the first run made must not count as the second's"
+    assert len(predict_folder(predictor, tmp_path / "in", out, made_by=other).written) == 2
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_probabilities_that_are_asked_for_later_are_made_later(bright_is_foreground, tmp_path):
+    write_case(tmp_path / "in", "a")
+    predictor = bright_is_foreground()
+    predict_folder(predictor, tmp_path / "in", tmp_path / "out")
+    assert predict_folder(predictor, tmp_path / "in", tmp_path / "out", save_probabilities=True).kept == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "a.npz", "a.pkl"]
+    properties = read_properties(tmp_path / "out" / "a.pkl")
+    np.testing.assert_allclose(properties["nibabel_stuff"]["original_affine"], AFFINE, atol=1e-6)
+    assert predict_folder(predictor, tmp_path / "in", tmp_path / "out", save_probabilities=True) == ((), 1)
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -175,14 +211,54 @@ def test_bad_input_is_named_before_anything_is_predicted(bright_is_foreground, t
     assert not (tmp_path / "out").exists()
 
 
-def test_values_that_are_not_finite_are_named_with_the_case(bright_is_foreground, tmp_path):
-    write_case(tmp_path / "in", "a")
-    write_case(tmp_path / "in", "b")
+def test_images_that_cannot_be_used_are_named_after_all_others_are_segmented(bright_is_foreground, tmp_path):
+    for case in "abcd":
+        write_case(tmp_path / "in", case)
     bad = image()
     bad[5, 5, 5] = np.nan
-    write_volume(tmp_path / "in" / "b_0000.nii.gz", bad, AFFINE)
-    with pytest.raises(InputError, match=r"case b .*not finite"):
+    write_volume(tmp_path / "in" / "a_0000.nii.gz", bad, AFFINE)
+    whole = (tmp_path / "in" / "c_0000.nii.gz").read_bytes()
+    (tmp_path / "in" / "c_0000.nii.gz").write_bytes(whole[: len(whole) * 3 // 4])
+    calls = []
+    with pytest.raises(InputError, match=r"2 of 4 cases could not be segmented.*case a: .*not finite.*c_0000\.nii\.gz.*complete"):
+        predict_folder(bright_is_foreground(), tmp_path / "in", tmp_path / "out", progress=lambda *x: calls.append(x))
+    assert calls[-1] == (4, 4)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b.nii.gz", "d.nii.gz"]
+
+
+@pytest.mark.parametrize("writer", ["write_volume", "np.savez_compressed"])
+def test_a_full_disk_is_named_and_leaves_no_temporary_files(bright_is_foreground, tmp_path, monkeypatch, writer):
+    def full(path, *_, **__):
+        path.write_bytes(b"half of")
+        raise OSError(28, "No space left on device")
+
+    write_case(tmp_path / "in", "a")
+    if writer == "np.savez_compressed":
+        monkeypatch.setattr(np, "savez_compressed", full)
+    else:
+        monkeypatch.setattr(nibabel, "save", lambda image, path: full(path))
+    with pytest.raises(InputError, match=r"a\.nii\.gz: cannot be written \(No space left on device\)"):
+        predict_folder(bright_is_foreground(), tmp_path / "in", tmp_path / "out", save_probabilities=True)
+    assert {p.name for p in (tmp_path / "out").iterdir()} <= {"a.npz", "a.pkl"}
+
+
+def test_an_image_that_is_not_named_as_a_channel_is_not_passed_over(bright_is_foreground, tmp_path):
+    write_case(tmp_path / "in", "a")
+    (tmp_path / "in" / "a.nii.gz").write_bytes(b"the segmentation of a, beside its image")
+    (tmp_path / "in" / "._a_0000.nii.gz").write_bytes(b"left by macOS")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    assert len(predict_folder(bright_is_foreground(), tmp_path / "in", tmp_path / "out").written) == 1
+    (tmp_path / "in" / "b.nii.gz").write_bytes(b"an image without channel")
+    with pytest.raises(InputError, match=r"b\.nii\.gz: an image must be named CASE_0000\.nii\.gz"):
         predict_folder(bright_is_foreground(), tmp_path / "in", tmp_path / "out")
+
+
+def test_a_turned_image_keeps_the_spacing_of_its_header(bright_is_foreground):
+    predictor = replace(bright_is_foreground(), orientation="RAS")
+    sideways = np.array([[0, 0, 1.0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # file axes A, S, R; the affine says 1 mm
+    case = predictor.preprocess(RawCase(image()[None], None, (1.1, 1.2, 1.3), sideways))
+    assert case.properties["spacing"] == [1.2, 1.3, 1.1], "array axes R, S, A become S, A, R"
+    assert case.properties["shape_before_cropping"] == [14, 9, 11]
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Tiles, weights and sums of the sliding window against nnU-Net's numbers and against a plain implementation."""
 
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgps_jax.errors import InputError
-from pgps_jax.infer.sliding_window import SlidingWindow, gaussian_map, pad_to_patch, predict_logits, tile_starts
+from pgps_jax.infer import sliding_window
+from pgps_jax.infer.sliding_window import SlidingWindow, gaussian_map, pad_to_patch, tile_starts
 
 PATCH = (4, 6, 4)
 
@@ -24,6 +26,11 @@ def network(params, tiles):
 
 
 PARAMS = {"scale": np.float32(2)}
+
+
+def logits_of(network, params, image, patch_size, num_outputs, mirror_axes=(), **options):
+    """Logits of one volume by one network."""
+    return SlidingWindow(network, patch_size, num_outputs, mirror_axes, **options)([params], image)
 
 
 def plain(params, image, mirror_axes=(), step=0.5):
@@ -84,7 +91,7 @@ def test_gaussian_map_equals_nnunets_including_what_underflows(golden, name):
 @pytest.mark.parametrize("shape", [(1, 9, 6, 7), (2, 3, 13, 4)])
 def test_logits_equal_a_plain_implementation(shape, mirror_axes):
     image = volume(shape)
-    ours = predict_logits(network, PARAMS, image, PATCH, 2, mirror_axes)
+    ours = logits_of(network, PARAMS, image, PATCH, 2, mirror_axes)
     assert ours.dtype == np.float32 and ours.shape == (2, *shape[1:])
     np.testing.assert_allclose(ours, plain(PARAMS, image, mirror_axes), rtol=1e-5, atol=1e-5)
 
@@ -103,22 +110,22 @@ def two_sided(params, tiles):
 @pytest.mark.parametrize("mirror_axes", [(2,), (0, 1, 2)])
 def test_mirrored_copies_with_swapped_labels_agree_with_a_network_that_tells_the_sides_apart(mirror_axes):
     image = volume((1, 6, 9, 7))
-    alone = predict_logits(two_sided, {}, image, PATCH, 3)
-    averaged = predict_logits(two_sided, {}, image, PATCH, 3, mirror_axes, swap=(2, (0, 2, 1)))
+    alone = logits_of(two_sided, {}, image, PATCH, 3)
+    averaged = logits_of(two_sided, {}, image, PATCH, 3, mirror_axes, swap=(2, (0, 2, 1)))
     np.testing.assert_allclose(averaged, alone, rtol=1e-5, atol=1e-5)
-    plainly = predict_logits(two_sided, {}, image, PATCH, 3, mirror_axes)
+    plainly = logits_of(two_sided, {}, image, PATCH, 3, mirror_axes)
     assert np.abs(plainly - alone).max() > 0.1, "without the swap the sides are mixed"
 
 
 def test_nothing_is_swapped_where_the_axis_is_not_mirrored():
     image = volume((1, 6, 9, 7))
-    swapped, plainly = (predict_logits(network, PARAMS, image, PATCH, 2, (0, 1), swap=swap) for swap in ((2, (1, 0)), None))
+    swapped, plainly = (logits_of(network, PARAMS, image, PATCH, 2, (0, 1), swap=swap) for swap in ((2, (1, 0)), None))
     np.testing.assert_array_equal(swapped, plainly)
 
 
 def test_tile_batch_changes_neither_numbers_nor_the_number_of_programs():
     image = volume((1, 9, 13, 9))
-    one = predict_logits(network, PARAMS, image, PATCH, 2, (0,))
+    one = logits_of(network, PARAMS, image, PATCH, 2, (0,))
     window = SlidingWindow(network, PATCH, 2, (0,), tile_batch=5)  # the last batch is short
     np.testing.assert_allclose(window([PARAMS], image), one, rtol=1e-5, atol=1e-5)
     window([PARAMS], volume((1, 5, 22, 4)))
@@ -137,7 +144,7 @@ def test_a_constant_network_gives_its_constant_whatever_the_weights():
     def constant(_, tiles):
         return jnp.full((*tiles.shape[:-1], 3), 7.0, jnp.bfloat16)
 
-    logits = predict_logits(constant, {}, volume((1, 11, 14, 5)), PATCH, 3, (0, 1, 2))
+    logits = logits_of(constant, {}, volume((1, 11, 14, 5)), PATCH, 3, (0, 1, 2))
     np.testing.assert_allclose(logits, 7, rtol=1e-6)
 
 
@@ -156,9 +163,15 @@ def test_tiles_outside_the_body_are_skipped_only_when_asked():
 
 def test_logits_beyond_the_memory_limit_go_to_a_file_and_stay_the_same():
     image = volume((1, 9, 13, 9))
-    filed = predict_logits(network, PARAMS, image, PATCH, 2, memory_limit=0)
+    filed = logits_of(network, PARAMS, image, PATCH, 2, memory_limit=0)
     assert isinstance(filed, np.memmap)
-    np.testing.assert_array_equal(filed, predict_logits(network, PARAMS, image, PATCH, 2))
+    np.testing.assert_array_equal(filed, logits_of(network, PARAMS, image, PATCH, 2))
+
+
+def test_logits_that_do_not_fit_the_disk_of_temporary_files_are_refused_naming_the_variable(monkeypatch):
+    monkeypatch.setattr(sliding_window.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(InputError, match=r"need 0\.0 GB.*TMPDIR"):
+        logits_of(network, PARAMS, volume((1, 9, 13, 9)), PATCH, 2, memory_limit=0)
 
 
 def test_progress_counts_tiles():
@@ -183,4 +196,4 @@ def test_parameters_may_live_on_the_device():
     image = volume((1, 4, 6, 8))
     on_device = jax.device_put(PARAMS)
     np.testing.assert_array_equal(
-        predict_logits(network, on_device, image, PATCH, 2), predict_logits(network, PARAMS, image, PATCH, 2))
+        logits_of(network, on_device, image, PATCH, 2), logits_of(network, PARAMS, image, PATCH, 2))

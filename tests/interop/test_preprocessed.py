@@ -10,12 +10,15 @@ from pgps_jax.data.store import CaseStore, Preprocessed, write_case
 from pgps_jax.errors import InputError
 from pgps_jax.interop.pickles import read_properties
 from pgps_jax.interop.preprocessed import export_properties
+from pgps_jax.main import main
 
 AFFINE = np.array([[0, -0.5, 0, 10], [0.7, 0, 0, -20], [0, 0, 3, 5], [0, 0, 0, 1]], np.float64)
 
 
 @pytest.fixture
 def folder(tmp_path):
+    tmp_path = tmp_path / "nnUNetPlans_3d_fullres"
+    tmp_path.mkdir()
     rng = np.random.default_rng(0)
     for name in ("case_a", "case_b"):
         image = rng.normal(size=(2, 9, 20, 15)).astype(np.float32)
@@ -61,6 +64,13 @@ def test_without_our_json_the_export_is_read_as_nnunets_with_the_same_geometry(f
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="no preprocessed folder"):
         export_properties(tmp_path / "nowhere")
+
+
+def test_the_command_writes_what_nnunet_needs_and_names_the_folder_that_is_meant(folder, capsys):
+    assert main(["export-preprocessed", str(folder)]) == 0
+    assert len(list(folder.glob("*.pkl"))) == 2
+    assert main(["export-preprocessed", str(folder.parent)]) == 2
+    assert f"name one of the folders in it: {folder.name}" in capsys.readouterr().err
 
 
 def test_nnunets_own_dataset_class_opens_the_folder(folder, monkeypatch):
