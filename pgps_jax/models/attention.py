@@ -1,7 +1,7 @@
 """What transformers are built of: windows of tokens, attention, layer norm and the two-layer perceptron.
 
 Parameters are float32; `dtype` is what matrix products compute in. Softmax and norms are float32 where
-the dtype is of half precision.
+the dtype is of half precision. Products of float32 keep all its bits (`models.conv.precision_for`).
 Parameter names are MONAI's, with `kernel` and `scale` for PyTorch's `weight`.
 """
 
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Shaped
 
 from pgps_jax.architecture import Size
 from pgps_jax.models.blocks import add_bias
+from pgps_jax.models.conv import precision_for
 
 
 def to_windows(
@@ -53,9 +54,10 @@ def attend(
     *batch, n, width = qkv.shape
     head = width // (3 * num_heads)
     q, k, v = jnp.moveaxis(qkv.reshape(*batch, n, 3, num_heads, head), -3, 0)
-    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32)) / math.sqrt(head)
+    wide, precision = jnp.promote_types(q.dtype, jnp.float32), precision_for(q.dtype)
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, precision=precision, preferred_element_type=wide) / math.sqrt(head)
     weights = jax.nn.softmax(logits if bias is None else logits + bias).astype(v.dtype)
-    return jnp.einsum("...hqk,...khd->...qhd", weights, v).reshape(*batch, n, num_heads * head)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, v, precision=precision).reshape(*batch, n, num_heads * head)
 
 
 def layer_norm(
@@ -103,7 +105,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch ci"]) -> Float[Array, "*batch co"]:
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), precision=precision_for(self.dtype))
         return y if self.bias is None else add_bias(y, self.bias[...])
 
 
@@ -122,7 +124,8 @@ class Perceptron(nnx.Module):
 class PatchEmbedding(nnx.Module):
     """Convolution whose kernel equals its stride: one token per block of `size` voxels; kernel (size, in, out).
 
-    At least float32: it costs little, and images have more than bfloat16's 8 bits.
+    At least float32, on accelerators too, which would round the operands unless told not to: it costs little, and images have more
+    than bfloat16's 8 bits.
     """
 
     def __init__(self, in_channels: int, features: int, size: Size, *, rngs: nnx.Rngs):
@@ -135,5 +138,5 @@ class PatchEmbedding(nnx.Module):
         b, *shape, _ = x.shape
         blocks = to_windows(at_least_float32(x), self.size)
         kernel = self.kernel[...].reshape(-1, self.bias.shape[0])
-        y = blocks.reshape(*blocks.shape[:2], -1) @ kernel + self.bias[...]
+        y = jnp.matmul(blocks.reshape(*blocks.shape[:2], -1), kernel, precision=precision_for(kernel.dtype)) + self.bias[...]
         return y.reshape(b, *(n // s for n, s in zip(shape, self.size, strict=True)), -1)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pgps_jax.architecture import Size
-from pgps_jax.models.conv import conv3d, conv_transpose3d, instance_norm
+from pgps_jax.models.conv import conv3d, conv_transpose3d, instance_norm, logits
 
 SLOPE = 0.01  # of every leaky ReLU
 
@@ -60,6 +60,10 @@ class Conv(nnx.Module):
     def without_bias(self, x: Float[Array, "b d h w ci"]) -> Float[Array, "b do ho wo co"]:
         """The convolution alone, for a norm that would take the bias away again."""
         return conv3d(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride)
+
+    def logits(self, x: Float[Array, "b d h w ci"]) -> Float[Array, "b d h w co"]:
+        """What a network's head gives, a pointwise convolution and its bias: at least float32, whatever computes."""
+        return logits(x.astype(self.dtype), self.kernel[0, 0, 0]) + self.bias[...]
 
 
 class TransposedConv(nnx.Module):

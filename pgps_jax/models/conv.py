@@ -17,6 +17,14 @@ from pgps_jax.models import conv_cpu
 _PADDED_CHANNELS = 8  # XLA pads the channels of half-precision convolutions for cuDNN in float16 only
 
 
+def precision_for(dtype) -> lax.Precision | None:
+    """Precision of products of arrays of `dtype`: float32 and wider keep all their bits.
+
+    By default accelerators round float32 before they multiply, TPUs to bfloat16 and NVIDIA's GPUs to TF32 (10 bits).
+    """
+    return None if jnp.dtype(dtype).itemsize == 2 else lax.Precision.HIGHEST
+
+
 def conv3d(
     x: Float[Array, "b d h w ci"], kernel: Float[Array, "kd kh kw ci co"], stride: Size = (1, 1, 1)
 ) -> Float[Array, "b do ho wo co"]:
@@ -25,7 +33,7 @@ def conv3d(
     `kernel` has the dtype of `x`, in which the result comes back. Axes with an even kernel shrink by one.
     """
     if kernel.shape[:3] == (1, 1, 1) and tuple(stride) == (1, 1, 1):
-        return jnp.tensordot(x, kernel[0, 0, 0], axes=1)
+        return jnp.tensordot(x, kernel[0, 0, 0], axes=1, precision=precision_for(x.dtype))
     return _conv(x, kernel, tuple(stride))
 
 
@@ -39,9 +47,31 @@ def conv_transpose3d(
     """
     b, d, h, w, ci = x.shape
     sd, sh, sw, _, co = kernel.shape
-    y = jnp.tensordot(x, kernel.transpose(3, 0, 1, 2, 4).reshape(ci, sd * sh * sw * co), axes=1)
+    y = jnp.tensordot(x, kernel.transpose(3, 0, 1, 2, 4).reshape(ci, sd * sh * sw * co), axes=1, precision=precision_for(x.dtype))
     y = y.reshape(b * d, h, w, sd, sh, sw * co).transpose(0, 3, 1, 4, 2, 5)  # rank 6: XLA's CPU reductions crash at 7
     return y.reshape(b, d * sd, h * sh, w * sw, co)
+
+
+@jax.custom_vjp
+def logits(x: Float[Array, "*batch ci"], kernel: Float[Array, "ci co"]) -> Float[Array, "*batch co"]:
+    """`x` @ `kernel`, multiplied in the dtype of `x` and added up and returned in at least float32.
+
+    Rounded to bfloat16, logits near 10 would lie 0.06 apart, and classes would tie. Gradients are multiplied in the dtype of `x` too:
+    autodiff would widen `x` instead, the largest array there is.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=1, precision=precision_for(x.dtype), preferred_element_type=wide)
+
+
+def _logits_backward(kept, g):
+    x, kernel = kept
+    g, every = g.astype(x.dtype), list(range(x.ndim - 1))
+    g_x = jnp.tensordot(g, kernel.astype(x.dtype).T, axes=1, precision=precision_for(x.dtype))
+    g_kernel = jnp.tensordot(x, g, axes=(every, every), precision=precision_for(x.dtype), preferred_element_type=kernel.dtype)
+    return g_x, g_kernel
+
+
+logits.defvjp(lambda x, kernel: (logits(x, kernel), (x, kernel)), _logits_backward)
 
 
 def instance_norm(
@@ -126,16 +156,17 @@ def _padding(kernel) -> list[tuple[int, int]]:
 
 
 def _conv_native(x, kernel, *, stride):
-    return lax.conv_general_dilated(x, kernel, stride, _padding(kernel), dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    return lax.conv_general_dilated(
+        x, kernel, stride, _padding(kernel), dimension_numbers=("NDHWC", "DHWIO", "NDHWC"), precision=precision_for(x.dtype))
 
 
 def _conv_padded_channels(x, kernel, *, stride):
-    """Native convolution; a half-precision one with few input channels is widened so that cuDNN has a kernel for it."""
-    missing = -x.shape[-1] % _PADDED_CHANNELS
-    if missing and x.dtype.itemsize == 2:
-        x = jnp.pad(x, [(0, 0)] * 4 + [(0, missing)])
-        kernel = jnp.pad(kernel, [(0, 0)] * 3 + [(0, missing), (0, 0)])
-    return _conv_native(x, kernel, stride=stride)
+    """Native convolution; a half-precision one of few or odd channels is widened, so that cuDNN has kernels for it and its gradients."""
+    *_, ci, co = kernel.shape
+    more_in, more_out = (-n % _PADDED_CHANNELS if x.dtype.itemsize == 2 else 0 for n in (ci, co))
+    x = jnp.pad(x, [(0, 0)] * 4 + [(0, more_in)])
+    kernel = jnp.pad(kernel, [(0, 0)] * 3 + [(0, more_in), (0, more_out)])
+    return _conv_native(x, kernel, stride=stride)[..., :co]
 
 
 def compiler_options(platform: str) -> dict[str, str]:

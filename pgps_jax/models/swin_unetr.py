@@ -82,7 +82,7 @@ class SwinUnetr(nnx.Module):
         self.out = Head(f, out_channels, **kwargs)
 
     def __call__(self, x: Float[Array, "b d h w c"], deep_supervision: bool = True) -> tuple[Array]:
-        """Logits (b, d, h, w, classes) in the compute dtype, a tuple of one whether deep supervision is on or not."""
+        """Logits (b, d, h, w, classes) in float32, a tuple of one whether deep supervision is on or not."""
         check_divisible("swin-unetr", x.shape[1:4], 32)
         half, quarter, eighth, sixteenth, lowest = self.swinViT(x)
         run = functools.partial(recomputed, remat=self.remat)

@@ -97,7 +97,7 @@ class Decoder(nnx.Module):
         for d, skip in enumerate(reversed(skips)):
             x = recomputed(functools.partial(self.level, d), self.remat)(x, skip)
             if deep_supervision or d == len(skips) - 1:
-                logits.append(self.seg_layers[d](x))
+                logits.append(self.seg_layers[d].logits(x))
         return tuple(reversed(logits))
 
     def level(self, d: int, x: Float[Array, "b d h w c"], skip: Float[Array, "b d2 h2 w2 f"]) -> Float[Array, "b d2 h2 w2 f"]:
@@ -113,7 +113,7 @@ class UNet(nnx.Module):
         self.decoder = decoder
 
     def __call__(self, x: Float[Array, "b d h w c"], deep_supervision: bool = True) -> tuple[Array, ...]:
-        """Logits (b, d, h, w, classes) in the compute dtype, full resolution first, then halved and so on."""
+        """Logits (b, d, h, w, classes) in float32, full resolution first, then halved and so on."""
         return self.decoder(self.encoder(x), deep_supervision)
 
 

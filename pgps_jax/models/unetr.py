@@ -60,7 +60,7 @@ class Unetr(nnx.Module):
         self.out = Head(f, out_channels, **kwargs)
 
     def __call__(self, x: Float[Array, "b d h w c"], deep_supervision: bool = True) -> tuple[Array]:
-        """Logits (b, d, h, w, classes) in the compute dtype, a tuple of one whether deep supervision is on or not."""
+        """Logits (b, d, h, w, classes) in float32, a tuple of one whether deep supervision is on or not."""
         check_divisible("unetr", x.shape[1:4], 16)
         third, sixth, ninth, last = self.vit(x)
         run = functools.partial(recomputed, remat=self.remat)
@@ -304,10 +304,10 @@ class ProjectUpBlock(nnx.Module):
 
 
 class Head(nnx.Module):
-    """1 x 1 x 1 convolution to the classes, with bias."""
+    """1 x 1 x 1 convolution to the classes, with bias; float32."""
 
     def __init__(self, in_features: int, out_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.conv = Convolution(in_features, out_channels, 1, use_bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b d h w ci"]) -> Float[Array, "b d h w co"]:
-        return self.conv(x)
+        return self.conv.conv.logits(x)

@@ -50,7 +50,7 @@ class PeerNetwork(NamedTuple):
             if hasattr(module, "dtype"):
                 module.dtype = jnp.bfloat16
         pairs = zip(*(compiled(net, self.image)(self.image) for net in (half, self.net)), strict=True)
-        return max(float(jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel())) for a, b in pairs)
+        return max(float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel())) for a, b in pairs)
 
     def gradient_error(self, dtype=jnp.float32) -> float:
         """The same for the gradients that the peer recorded, computed in `dtype`."""
@@ -155,8 +155,8 @@ def bfloat16_error():
             return [net(x, deep_supervision=False)[0] for net in nets]
 
         full, half = compiled(logits, x)(x)
-        assert (full.dtype, half.dtype) == (jnp.float32, jnp.bfloat16)
-        return float(jnp.linalg.norm((half.astype(jnp.float32) - full).ravel()) / jnp.linalg.norm(full.ravel()))
+        assert full.dtype == half.dtype == jnp.float32
+        return float(jnp.linalg.norm((half - full).ravel()) / jnp.linalg.norm(full.ravel()))
 
     return measure
 
