@@ -156,6 +156,26 @@ def test_the_schedule_can_be_printed_as_json_without_training(tiny, capsys):
     assert printed["stages"][-1]["patch_size"] == printed["planned"]["patch_size"]
 
 
+def test_the_schedule_of_a_preprocessed_folder_is_that_of_its_dataset_and_shows_the_cases_in_use(tiny, capsys):
+    raw, workspace = tiny
+    printed = []
+    for dataset in (raw, workspace / "preprocessed" / raw.name):
+        assert main(["schedule", str(dataset), "--workspace", str(workspace), "--epochs", "40", "--case-curriculum", "pdl", "--json"]) == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0] == printed[1]
+    assert printed[0]["stages"][-1]["cases"] == [4, 4] and printed[0]["stages"][0]["cases"][0] == 1  # of six, two are held out
+
+
+def test_what_a_schedule_cannot_show_is_noted_and_a_picture_without_a_place_is_refused_at_once(tiny, tmp_path, capsys):
+    raw, workspace = tiny
+    common = ["schedule", str(raw), "--workspace", str(workspace)]
+    assert main([*common, "--json", "--max-hours", "2", "--batch-policy", "device-memory"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) and "--max-hours" in err and "--batch-policy device-memory" in err
+    assert main([*common, "--plot", str(tmp_path / "none" / "x.png"), "--workspace", str(tmp_path / "new")]) == EXIT_BAD_INPUT
+    assert "--plot" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 def test_the_picture_of_a_schedule_shows_class_balance_once_cases_are_preprocessed(tiny, tmp_path, capsys):
     raw, workspace = tiny
     for where, words in ((workspace, "picture.png\n"), (tmp_path / "only_planned", "without class balance")):
@@ -197,6 +217,9 @@ def test_starting_over_deletes_nothing_while_something_can_be_refused(tiny, fini
     (["--accumulate", "0"], "accumulate"),
     (["--accumulate", "2", "--batch-policy", "device-memory"], "accumulate"),
     (["--dataset-share", "0"], "dataset-share"),
+    (["--max-hours", "nan"], "max-hours"),
+    (["--schedule-seed", "-1", "--mode", "rpss"], "schedule-seed"),
+    (["--case-curriculum", "pdl"], "use --epochs 31 or more"),
 ])
 def test_bad_arguments_are_refused_before_anything_is_written(tiny, capsys, arguments, words):
     raw, workspace = tiny
@@ -287,10 +310,10 @@ def test_when_the_device_runs_out_of_memory_the_batch_is_halved_or_computed_in_p
 
 def test_random_patch_sizes_and_a_growing_pool_of_cases_run_and_end(tiny):
     raw, workspace = tiny
-    more = ["--mode", "rpss", "--case-curriculum", "pdl", "--case-epochs", "1", "--epochs", "2"]
+    more = ["--mode", "rpss", "--case-curriculum", "pdl", "--case-epochs", "1"]
     assert main(command(raw, workspace, "random", *more)) == 0
     assert len(read_records(run_folder(workspace, "random") / "metrics.jsonl")) > 6
-    assert (workspace / "preprocessed" / "Dataset900_Tiny" / "similarity_fold_0.json").exists()
+    assert (workspace / "preprocessed" / "Dataset900_Tiny" / "similarity_nnUNetPlans_3d_fullres_fold_0.json").exists()
 
 
 def test_a_time_budget_shortens_the_run_and_it_still_ends_at_the_planned_patch(tiny):

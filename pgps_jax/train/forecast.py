@@ -46,7 +46,7 @@ def forecast(run: Experiment, device: Device, state: TrainState, programs: Stage
     fixed, generous = STATES * held, _generous(run, device)
     largest = max(run.schedule.stages, key=lambda stage: stage.voxels / stage.parts)
     needed, source = fixed + generous(largest), "at most "
-    if needed > min(free_device, free_host if device.platform == "cpu" else free_device):
+    if needed > (free_host - host_bytes(run, device, held, largest) if device.platform == "cpu" else free_device):
         with memory_errors_of(largest):
             needed, source = programs.timing(largest).program_bytes + waiting_bytes(run, device, largest), ""
     share = max(needed - fixed, 0) / max(generous(largest), 1)

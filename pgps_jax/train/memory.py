@@ -98,7 +98,7 @@ def choose_batch_size(
 
     def measure(batch: int) -> None:
         try:
-            measured[batch] = program_bytes(compile_at(batch)) + outside(batch)
+            measured[batch] = float(program_bytes(compile_at(batch)) + outside(batch))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
