@@ -1,5 +1,6 @@
 """Which folds of a run predict together, what is said of them, and validation of a run on its own cases."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from pgps_jax.config import RunConfig
 from pgps_jax.curriculum import Schedule, Stage, schedule_to_json
 from pgps_jax.data.dataset import RawCase
 from pgps_jax.data.labels import Labels
-from pgps_jax.data.nifti import axis_codes, read_volume, reorient, write_volume
+from pgps_jax.data.nifti import Volume, axis_codes, read_volume, reorient, write_volume
 from pgps_jax.data.plan import read_plan
 from pgps_jax.data.preprocess import preprocess_case
 from pgps_jax.data.store import CaseStore, write_case
@@ -118,15 +119,11 @@ def test_validation_turns_what_nnunets_reader_turned_back_to_the_references(trai
     summary = validate(experiment)
     written = read_volume(experiment.folder / "validation" / "one.nii.gz")
     assert axis_codes(written.affine) == "LPS"
-    predictor = load_predictor(experiment.folder, mirror=False)
-    (plain,) = [predictor.predict_case([read_volume(path)]) for path in [as_image(experiment.folder / "image.nii.gz", image, lps)]]
-    np.testing.assert_array_equal(written.array, plain)
+    predictor = dataclasses.replace(load_predictor(experiment.folder, mirror=False), orientation=None)
+    turned, ras = reorient(image, lps, "RAS")
+    as_trained = predictor.predict_case([Volume(turned, (1.0, 1.0, 1.0), ras)])
+    np.testing.assert_array_equal(written.array, reorient(as_trained, ras, "LPS")[0])
     assert summary["mean"]["1"]["n_pred"] > 0
-
-
-def as_image(path, array, affine):
-    write_volume(path, array, affine)
-    return path
 
 
 def test_validation_with_other_mirroring_is_made_anew_and_the_same_is_kept(trained):
