@@ -45,6 +45,21 @@ def real_parity() -> Path:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+@pytest.fixture(scope="session")
+def fresh():
+    """fresh(make) -> the network that make() builds, its first weights drawn by one program: drawn one by one, every shape of
+    weights is compiled on its own, for seconds."""
+    import jax
+    from flax import nnx
+
+    def drawn(make):
+        graphdef, _ = nnx.split(nnx.eval_shape(make), nnx.Param)
+        draw = jax.jit(lambda: nnx.state(make(), nnx.Param)).lower().compile({"xla_backend_optimization_level": 0})
+        return nnx.merge(graphdef, draw())
+
+    return drawn
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_folder(tmp_path_factory):
     """Compiled programs of the tests stay with the tests; a stopped and resumed run finds those of its first half."""

@@ -29,9 +29,9 @@ def test_bfloat16_stays_near_float32(bfloat16_error):
     assert bfloat16_error(planned((4, 8, 8), (1, 2, 1))) <= 2e-2
 
 
-def test_a_fresh_network_has_nnunets_shapes_and_distributions(initial_statistics):
+def test_a_fresh_network_has_nnunets_shapes_and_distributions(initial_statistics, fresh):
     architecture = planned((32, 64, 128, 256), (1, 3, 4, 6))
-    net = build(architecture, 1, 3, rngs=nnx.Rngs(0))
+    net = fresh(lambda: build(architecture, 1, 3, rngs=nnx.Rngs(0)))
     found = initial_statistics(net, "Dataset004_Hippocampus/nnUNetResEncUNetMPlans")
     assert found.shapes == found.peer_shapes
     assert found.wrong == []
@@ -43,7 +43,7 @@ def test_the_parameter_count_is_nnunets():
     assert sum(np.prod(p.shape) for p in jax.tree.leaves(nnx.state(net, nnx.Param))) == 102_349_770
 
 
-def test_a_fresh_block_is_its_skip(run_quickly):
-    net = build(planned((4, 4), (2, 1)), 1, 2, rngs=nnx.Rngs(0))
+def test_a_fresh_block_is_its_skip(run_quickly, fresh):
+    net = fresh(lambda: build(planned((4, 4), (2, 1)), 1, 2, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 4, 4))
     np.testing.assert_array_equal(run_quickly(net.encoder.stages[0].blocks[1], x), jnp.where(x > 0, x, 0.01 * x))

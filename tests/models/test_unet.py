@@ -50,8 +50,8 @@ def test_bfloat16_stays_near_float32(bfloat16_error):
     assert bfloat16_error(TINY) <= 2e-2
 
 
-def test_a_fresh_network_has_nnunets_shapes_and_distributions(initial_statistics):
-    net = build(HIPPOCAMPUS, 1, 3, rngs=nnx.Rngs(0))
+def test_a_fresh_network_has_nnunets_shapes_and_distributions(initial_statistics, fresh):
+    net = fresh(lambda: build(HIPPOCAMPUS, 1, 3, rngs=nnx.Rngs(0)))
     found = initial_statistics(net, "Dataset004_Hippocampus/nnUNetPlans")
     assert found.shapes == found.peer_shapes
     assert found.wrong == []
@@ -70,8 +70,8 @@ def test_parameter_counts_are_nnunets(features, classes, count):
     assert sum(np.prod(p.shape) for p in jax.tree.leaves(nnx.state(net, nnx.Param))) == count
 
 
-def test_without_deep_supervision_only_the_full_resolution_head_answers(run_quickly):
-    net = build(TINY, 2, 3, rngs=nnx.Rngs(0))
+def test_without_deep_supervision_only_the_full_resolution_head_answers(run_quickly, fresh):
+    net = fresh(lambda: build(TINY, 2, 3, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(1), (2, 4, 8, 8, 2))
     every = run_quickly(net, x)
     assert [y.shape for y in every] == [(2, 4, 8, 8, 3), (2, 4, 4, 4, 3)]
@@ -79,17 +79,17 @@ def test_without_deep_supervision_only_the_full_resolution_head_answers(run_quic
     np.testing.assert_allclose(single, every[0], atol=1e-6)
 
 
-def test_limits_are_the_product_of_the_strides_and_the_smallest_patch_runs(run_quickly):
+def test_limits_are_the_product_of_the_strides_and_the_smallest_patch_runs(run_quickly, fresh):
     assert limits(HIPPOCAMPUS) == PatchLimits((8, 8, 8), (8, 8, 8))
     assert limits(TINY) == PatchLimits((2, 4, 4), (2, 4, 4))
-    net = build(TINY, 1, 2, rngs=nnx.Rngs(0))
+    net = fresh(lambda: build(TINY, 1, 2, rngs=nnx.Rngs(0)))
     (logits,) = run_quickly(lambda x: net(x, deep_supervision=False), jnp.ones((1, *limits(TINY).smallest, 1)))
     assert logits.shape == (1, 2, 4, 4, 2)
     assert jnp.isfinite(logits).all()
 
 
-def test_the_lowest_head_names_parameters_that_only_the_coarsest_logits_use(run_quickly):
-    net = build(TINY, 1, 2, rngs=nnx.Rngs(0))
+def test_the_lowest_head_names_parameters_that_only_the_coarsest_logits_use(run_quickly, fresh):
+    net = fresh(lambda: build(TINY, 1, 2, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(net, nnx.Param)
     x = jax.random.normal(jax.random.key(0), (1, 2, 4, 4, 1))
     gradient = nnx.to_pure_dict(run_quickly(jax.grad(lambda p: nnx.merge(graphdef, p)(x)[-1].sum()), params))
@@ -99,8 +99,8 @@ def test_the_lowest_head_names_parameters_that_only_the_coarsest_logits_use(run_
     assert lowest_head(dataclasses.replace(TINY, features_per_stage=(4, 6))) is None
 
 
-def test_biases_that_a_norm_takes_away_change_nothing(run_quickly):
-    net = build(TINY, 1, 2, rngs=nnx.Rngs(0))
+def test_biases_that_a_norm_takes_away_change_nothing(run_quickly, fresh):
+    net = fresh(lambda: build(TINY, 1, 2, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(0), (1, 4, 8, 8, 1))
     before = run_quickly(net, x)
     net.encoder.stages[1][0].convs[0].conv.bias[...] = jnp.arange(6.0)

@@ -30,9 +30,9 @@ def batches(crop):
         yield PatchBatch(jnp.asarray(np.stack(images)[..., None], jnp.float32), jnp.asarray(np.stack(labels), jnp.int8))
 
 
-def losses(dtype) -> np.ndarray:
+def losses(fresh, dtype) -> np.ndarray:
     """Loss of every step of a training on phantoms; all but the type of computation is the same."""
-    graphdef, params = split(build(NETWORK, 1, 3, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, params = split(fresh(lambda: build(NETWORK, 1, 3, dtype=dtype, rngs=nnx.Rngs(0))))
     optimizer, policy = make_optimizer(OptimConfig()), make_policy(AugmentConfig(preset="none"), PATCH)
     step = jax.jit(make_train_step(graphdef, optimizer, LABELS, True, policy, PATCH, 0))
     state, curve = init_state(params, optimizer), []
@@ -42,8 +42,8 @@ def losses(dtype) -> np.ndarray:
     return np.asarray(curve)
 
 
-def test_the_training_curve_in_bfloat16_is_that_of_float32():
-    full, half = losses(jnp.float32), losses(jnp.bfloat16)
+def test_the_training_curve_in_bfloat16_is_that_of_float32(fresh):
+    full, half = losses(fresh, jnp.float32), losses(fresh, jnp.bfloat16)
     assert full[-20:].mean() < full[:20].mean() - 0.3, "the network of this test must learn something"
     assert not np.array_equal(full, half)
     smooth = lambda curve: np.convolve(curve, np.full(10, 0.1), "valid")  # noqa: E731
