@@ -18,7 +18,7 @@ from pgps_jax.data.decathlon import convert_decathlon, converted_name, is_decath
 from pgps_jax.data.download import TASKS
 from pgps_jax.data.explain import explain
 from pgps_jax.data.fingerprint import Fingerprint, extract_fingerprint
-from pgps_jax.data.folds import Fold, cases_of_fold, leaks, make_folds, read_folds, read_or_make_folds
+from pgps_jax.data.folds import Fold, beyond_folds, cases_of_fold, leaks, make_folds, read_folds, read_or_make_folds
 from pgps_jax.data.identity import identity, refuse_changed
 from pgps_jax.data.label_pairs import left_right_axis, name_pairs
 from pgps_jax.data.nifti import axis_codes
@@ -308,6 +308,9 @@ def open_experiment(
     store = CaseStore(preprocessed / configuration.data_identifier)
     train_ids, validation_ids = cases_to_train(config, configuration, preprocessed)
     check_references(preprocessed, validation_ids)
+    for note in (*stray_cases(store), beyond_folds(read_folds(preprocessed / "splits_final.json", store.ids), config.fold)):
+        if note:
+            say(note)
 
     folder = run_folder(config)
     if goes_on(config):
