@@ -330,7 +330,8 @@ def test_a_time_budget_shortens_the_run_and_it_still_ends_at_the_planned_patch(t
 def test_batch_sizes_fill_the_memory_that_is_said_to_be_there(tiny, monkeypatch, capsys):
     raw, workspace = tiny
     monkeypatch.setattr(sizing, "device_budget", lambda fraction: int(fraction * 40e6))
-    assert main(command(raw, workspace, "filled", "--batch-policy", "device-memory", "--mode", "constant", "--epochs", "1")) == 0
+    arguments = ["--batch-policy", "device-memory", "--mode", "constant", "--epochs", "1", "--cache-gb", "0"]
+    assert main(command(raw, workspace, "filled", *arguments)) == 0
     (stage,) = json.loads((run_folder(workspace, "filled") / "schedule.json").read_text())["stages"]
     assert stage["batch_size"] > 2
     assert f"batch {stage['batch_size']} needs" in capsys.readouterr().out

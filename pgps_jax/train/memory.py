@@ -122,7 +122,7 @@ def choose_batch_size(
         wants = "more than the device has" if math.isinf(least) else gib(least)
         raise InputError(
             f"patch {patch}: even a batch of {min(measured)} needs {wants}, and {gib(budget_bytes)} are free; "
-            "use fewer features, a smaller patch or a larger --memory-fraction"
+            "use fewer features, a smaller patch, a larger --memory-fraction or, on CPU, less --cache-gb"
         )
     why = f"limited by {limit}" if low == ceiling else f"the largest that fits {gib(budget_bytes)}"
     reason = f"patch {patch}: batch {low} needs {gib(measured[low])}, {why} (tried {len(measured)}, first {first})"
