@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -156,7 +157,11 @@ def test_a_run_tells_how_it_went_and_keeps_the_environment_it_was_started_in(tin
     assert main(["reproduce", str(folder)]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("pgps-jax run ") and "--name told" in printed.out and "--mode constant" in printed.out
-    assert "not as then: scipy 0.1 then" in printed.err and "data: " in printed.err
+    assert "not as then: scipy 0.1 then" in printed.err and "data.json" not in printed.err
+    data = json.loads((folder / "data.json").read_text())
+    (folder / "data.json").write_text(json.dumps(data | {"hash": "of other data", "train": dict.fromkeys(data["train"], "another")}))
+    assert main(["reproduce", str(folder)]) == 0
+    assert "data.json: the data are not those that this run was started with (changed: phantom_" in capsys.readouterr().err
 
 
 def test_changed_data_and_a_changed_plan_are_refused_on_resume(tiny, finished, tmp_path, capsys):
@@ -206,3 +211,20 @@ def test_ctrl_c_once_saves_and_twice_leaves_at_once(tiny, finished, interruption
     if interruptions == 1:
         (step,) = [r["step"] for r in read_records(log.with_name("events.jsonl")) if r["kind"] == "stopped"]
         assert (log.parent / "checkpoints" / "last" / str(step)).exists()
+
+
+def test_a_run_whose_terminal_closes_saves_and_stops(tiny, finished):
+    log = run_folder(tiny, "hung_up") / "train.log"
+    ours, theirs = os.openpty()
+    in_terminal = ["sh", "-c", f"exec <>{os.ttyname(theirs)} >&0 2>&0; exec \"$@\"", "sh"]  # a new session takes it for its terminal
+    process = subprocess.Popen([*in_terminal, sys.executable, "-m", "pgps_jax.main", *command(tiny, "hung_up", "--epochs", "100000")],
+                               start_new_session=True)
+    while process.poll() is None and not (log.exists() and "epoch 2" in log.read_text()):
+        while select.select([ours], [], [], 0.05)[0]:  # as a terminal does, or the program would wait for it
+            os.read(ours, 10**6)
+    os.close(ours)
+    os.close(theirs)
+    assert process.wait(60) == EXIT_STOPPED
+    (stop,) = [r for r in read_records(log.with_name("events.jsonl")) if r["kind"] == "stopped"]
+    assert stop["reason"] == "SIGHUP" and (log.parent / "checkpoints" / "last" / str(stop["step"])).exists()
+    assert "stopped by SIGHUP" in log.read_text()
