@@ -186,7 +186,7 @@ def class_names(dataset_json: Path | None, first: str) -> dict[str, str]:
     found = next((place for place in places if place.exists() or dataset_json), None)
     if found is None:
         return {}
-    labels = Labels.from_json(read_json(found))
+    labels = Labels.from_json(read_json(found)).in_files
     return {str(value): name for name, value in zip(labels.names, labels.values, strict=True)}
 
 
