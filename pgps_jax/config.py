@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pgps_jax.curriculum import CurriculumConfig
+from pgps_jax.data.dataset import default_workers
 from pgps_jax.data.sampling import SamplingConfig
 from pgps_jax.errors import InputError, brief
 from pgps_jax.json_file import LARGEST_INTEGER
@@ -36,7 +37,8 @@ class NetworkConfig:
     max_features: int | None = None
     """Upper limit of channels per stage. As planned when not given."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the computation; parameters, norms and loss stay float32. auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    """Type of the computation; parameters, norms, logits and loss stay float32. auto: bfloat16 on GPU and TPU, float32 on CPU. float32
+    is that of CPUs on accelerators too, with all bits, and several times slower there."""
     remat: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     unetr: UnetrOptions = field(default_factory=UnetrOptions)
@@ -86,9 +88,10 @@ class RunConfig:
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """Where to compute; auto takes an accelerator when there is one."""
     deterministic: bool = False
-    """On GPU: only deterministic kernels, so that runs repeat bit for bit (CPU and TPU always do)."""
-    threads: int = 2
-    """Threads that read and crop patches (in each loader process, if there are any)."""
+    """On GPU: only deterministic kernels, so that runs repeat bit for bit (CPU and TPU always do) as long as their programs come
+    from the same compile cache: compiled anew, another of these kernels may turn out the fastest and be taken."""
+    threads: int = field(default_factory=lambda: min(default_workers(), 8))
+    """Threads that read and crop patches (in each loader process, if there are any); one per core, at most 8, when not given."""
     loader_processes: int = 0
     """Processes that read and crop patches; with 0 the threads of this process do it, which needs less memory and is
     faster unless many cores lie idle. Batches are the same bits in any layout."""

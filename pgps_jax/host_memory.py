@@ -61,5 +61,7 @@ def peak_bytes() -> int | None:
 
 
 def gib(size: int | float) -> str:
-    """Bytes in GiB or MiB, for people."""
+    """Bytes in GiB or MiB, for people; infinite ones are unknown."""
+    if size == float("inf"):
+        return "an unknown amount"
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

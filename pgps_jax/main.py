@@ -125,12 +125,17 @@ def show_schedule(command: ShowSchedule) -> None:
         note(f"picture: {command.plot}{without}")
 
 
-def run_training(config: RunConfig) -> dict:
-    """Train, then measure on the validation cases; returns the summary."""
-    choose_platform(config.device)
-    for line in (enable_compilation_cache(cache_folder(), CACHE_BYTES), *warnings()):
+def start_device(name: str, precision: str = "auto", augmentation: str = "none") -> None:
+    """Choose where to compute, keep compiled programs from run to run, and say what is known against this machine."""
+    choose_platform(name)
+    for line in (enable_compilation_cache(cache_folder(), CACHE_BYTES), *warnings(precision, augmentation)):
         if line:
             complain(line)
+
+
+def run_training(config: RunConfig) -> dict:
+    """Train, then measure on the validation cases; returns the summary."""
+    start_device(config.device, config.network.precision, config.augment.preset)
     check_pretrained(config)
     if workspace.run_folder(config).is_dir():
         with only_process(workspace.run_folder(config)):
@@ -162,8 +167,7 @@ def bench(command: Bench) -> None:
     check_bench(command.seconds)
     if command.json is not None and not command.json.parent.is_dir():
         raise InputError(f"--json {command.json}: {command.json.parent} is no folder")
-    choose_platform(command.device)
-    enable_compilation_cache(cache_folder(), CACHE_BYTES)
+    start_device(command.device, command.network.precision, command.augment.preset)
     experiment = open_bench(command, say)
     host, rows = host_of(experiment), []
     stages = chosen_stages(experiment, command.stages)
@@ -202,8 +206,7 @@ def cache_folder() -> Path:
 
 def predict(command: Predict) -> None:
     """Segment a folder of images."""
-    choose_platform(command.device)
-    enable_compilation_cache(cache_folder(), CACHE_BYTES)
+    start_device(command.device)
     predictor = load_predictor(command.run, command.checkpoint, command.mirror_tta, command.step_size, command.skip_outside)
     for fold in unfinished(command.run):
         complain(f"warning: this training is not finished: {fold}")

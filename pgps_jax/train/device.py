@@ -14,6 +14,7 @@ from pgps_jax.data.pipeline import PatchBatch
 from pgps_jax.errors import InputError
 
 CUDNN_WITH_RIGHT_CONV3D = 91600  # 9.8 to 9.15 compute some 3D convolutions wrongly without saying so
+FIRST_WITH_BFLOAT16 = 8.0  # compute capability of NVIDIA's GPUs, A100's; on T4 (7.5) and V100 (7.0) XLA computes in float32 and casts
 
 
 class Device(NamedTuple):
@@ -53,7 +54,7 @@ def choose_platform(name: str) -> None:
 
 
 def open_device(stages: tuple[Stage, ...], precision: str) -> Device:
-    """All devices of the default platform, as many as divide every stage's batch."""
+    """Devices of the default platform, as many as divide every stage's batch (all of them without stages)."""
     devices = jax.devices()
     count = math.gcd(len(devices), *(stage.batch_size // stage.parts for stage in stages))
     mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
@@ -75,16 +76,38 @@ def put(batch: PatchBatch, device: Device) -> PatchBatch:
     return PatchBatch(*(jax.device_put(array, device.split) for array in batch))
 
 
-def warnings() -> list[str]:
-    """Sentences about a machine that is known to compute wrongly or slowly."""
-    if jax.devices()[0].platform != "gpu":
-        return []
+def warnings(precision: str = "auto", augmentation: str = "none") -> list[str]:
+    """Sentences about what this machine is known to compute wrongly or slowly.
+
+    Args:
+        precision: of the network, as in its config.
+        augmentation: preset of the training; "none" for prediction.
+    """
+    device, found = jax.devices()[0], []
+    if device.platform == "tpu" and augmentation == "default":
+        found.append("warning: TPUs fetch the voxels of rotated and scaled patches one by one, which takes longer than the network; "
+                     "--augment.preset light trains without both")
+    if device.platform == "gpu" and precision != "float32" and _compute_capability(device) < FIRST_WITH_BFLOAT16:
+        found.append(f"warning: {device.device_kind} cannot compute in bfloat16: it needs the time of float32 and more; a "
+                     "network with --network.precision float32 is faster here, but needs more memory")
+    if device.platform == "gpu" and _cudnn_version() < CUDNN_WITH_RIGHT_CONV3D:
+        found.append(f"warning: cuDNN {_cudnn_version()} computes some 3D convolutions wrongly; install nvidia-cudnn-cu12>=9.16 (or -cu13)")
+    return found
+
+
+def _compute_capability(device) -> float:
+    """Of an NVIDIA GPU, such as 7.5; infinite where it is not told."""
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, ValueError):
+        return math.inf
+
+
+def _cudnn_version() -> float:
+    """Such as 91600; infinite where it is not told."""
     try:
         from jax._src.lib import cuda_versions  # jax offers the version nowhere else
 
-        version = cuda_versions.cudnn_get_version()
+        return cuda_versions.cudnn_get_version()
     except (ImportError, AttributeError, RuntimeError):
-        return []
-    if version >= CUDNN_WITH_RIGHT_CONV3D:
-        return []
-    return [f"warning: cuDNN {version} computes some 3D convolutions wrongly; install nvidia-cudnn-cu12>=9.16 (or -cu13)"]
+        return math.inf

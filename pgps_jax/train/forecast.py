@@ -7,6 +7,8 @@ is compiled before training begins, which it needs anyway, and its own figure de
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from pgps_jax.curriculum import Stage
 from pgps_jax.errors import InputError
 from pgps_jax.host_memory import gib, host_bytes_left
@@ -71,5 +73,5 @@ def forecast(run: Experiment, device: Device, state: TrainState, programs: Stage
 def _generous(run: Experiment, device: Device) -> Callable[[Stage], float]:
     """Bytes of activations and batches per device, with a wide margin."""
     features = run.configuration.architecture.first_features
-    item = 4 if device.platform == "cpu" else 2
+    item = np.dtype(device.dtype).itemsize
     return lambda stage: TENSORS * features * item * stage.voxels / stage.parts / device.count + waiting_bytes(run, device, stage)

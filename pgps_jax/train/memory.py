@@ -41,20 +41,26 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
-def device_budget(fraction: float, stats: Sequence[dict[str, int] | None] | None = None) -> int:
+def device_budget(
+    fraction: float, stats: Sequence[dict[str, int] | None] | None = None, platform: str | None = None
+) -> int | float:
     """Bytes that a program may use on each device: `fraction` of what there is, minus what is in use.
 
     Of an accelerator there is what its allocator may take (`bytes_limit`), not what the chip has. CPU devices share
-    what memory the machine or the container has left, `fraction` of it. `stats` are the devices' `memory_stats()`,
-    asked of all local devices when not given.
+    what memory the machine or the container has left, `fraction` of it. An accelerator that does not tell its limit has
+    an unknown one: infinite.
+
+    Args:
+        stats, platform: `memory_stats()` and platform of the devices, asked of all local ones when not given.
     """
+    platform = platform or jax.local_devices()[0].platform
     stats = [device.memory_stats() for device in jax.local_devices()] if stats is None else stats
     budgets = []
     for of_device in stats:
         if of_device and "bytes_limit" in of_device:
             budgets.append(int(fraction * of_device["bytes_limit"]) - of_device.get("bytes_in_use", 0))
         else:
-            budgets.append(int(fraction * host_bytes_left()) // len(stats))
+            budgets.append(int(fraction * host_bytes_left()) // len(stats) if platform == "cpu" else math.inf)
     return max(0, min(budgets))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from pgps_jax.curriculum import Schedule, Stage, all_stages, batch_policy, parts_at_least
 from pgps_jax.data.pipeline import read_ahead
+from pgps_jax.errors import InputError
 from pgps_jax.models import limits
 from pgps_jax.pacing import fit_to_seconds, rescale_rest
 from pgps_jax.train.device import Device, open_device
@@ -75,13 +76,15 @@ def sized_stages(run: Experiment, every: bool, say: Callable[[str], None]) -> tu
 def fill_memory(run: Experiment, stages: Sequence[Stage], say: Callable[[str], None]) -> list[Stage]:
     """The stages with batch sizes that fill the device's memory, shared by all devices; nothing is executed.
 
-    Raises InputError when not even the smallest batch of a stage fits.
+    Raises InputError when not even the smallest batch of a stage fits, or nobody knows.
     """
     device = open_device((), run.config.network.precision)
     graphdef, state = initial_state(run, device)
     lower, size_of_state = stage_lowering(run, device, graphdef, state), state_bytes(state)
     del state
     options, budget = program_options(run, device), device_budget(run.config.curriculum.memory_fraction)
+    if math.isinf(budget):
+        raise InputError(f"--batch-policy device-memory: this {device.platform} does not tell how much memory it has; choose another")
     share = run.config.curriculum.dataset_share
     chosen = []
     for stage in stages:
