@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -325,6 +326,8 @@ def test_a_time_budget_shortens_the_run_and_it_still_ends_at_the_planned_patch(t
     stages = json.loads((folder / "schedule.json").read_text())["stages"]
     assert 0 < len(steps) < 3000
     assert stages[steps[-1]["stage"]]["patch_size"] == plan["patch_size"]
+    *_, (epoch, of) = re.findall(r"epoch (\d+) of (\d+):", (folder / "train.log").read_text())
+    assert epoch == of, "epochs are counted to the end that the budget allows"
 
 
 def test_batch_sizes_fill_the_memory_that_is_said_to_be_there(tiny, monkeypatch, capsys):
