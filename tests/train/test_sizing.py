@@ -271,6 +271,17 @@ def test_batches_that_fill_a_cpus_memory_leave_room_for_what_the_host_needs(tiny
         forecast_of(math.ceil(1.1 * batch))
 
 
+def test_a_program_that_fills_an_accelerator_is_not_refused_for_the_state_that_lies_there_already(tiny, monkeypatch):
+    run, device = changed(tiny, "constant"), open_device((), "float32")
+    _, state = initial_state(run, device)
+    accelerator, free = device._replace(platform="gpu"), 10**6
+    monkeypatch.setattr("pgps_jax.train.forecast.device_budget", lambda fraction: free)
+    largest = free + state_bytes(state) - sizing.waiting_bytes(run, accelerator, run.schedule.stages[0])
+    assert forecast(run, accelerator, state, Measured(largest), print)
+    with pytest.raises(InputError, match="on each device"):
+        forecast(run, accelerator, state, Measured(largest + 1), print)
+
+
 def test_all_devices_share_the_batches_that_fill_their_memory_whatever_was_planned(tiny, monkeypatch):
     opened, multiples = [], []
 
