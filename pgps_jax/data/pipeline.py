@@ -180,6 +180,7 @@ class PatchStream:
     """Iterator over the batches of a source from `first_step` on, read ahead. Close it, or use it in a `with`.
 
     Args:
+        stop: the step before which it ends; the source's end when not given.
         threads: that read and cut, in each process.
         processes: worker processes; 0 reads in this process, which is faster unless cores lie idle. Workers are
             spawned, so a script needs `if __name__ == "__main__"`.
@@ -193,6 +194,7 @@ class PatchStream:
         source: PatchSource,
         first_step: int = 0,
         *,
+        stop: int | None = None,
         threads: int = 2,
         processes: int = 0,
         ahead: int | None = None,
@@ -205,7 +207,8 @@ class PatchStream:
         if ahead is None:
             largest = max(source.batch_bytes(stage) for stage in source.schedule.stages)
             ahead = read_ahead(largest, threads)
-        steps = grain.MapDataset.range(first_step, len(source)) if first_step < len(source) else None
+        stop = len(source) if stop is None else min(stop, len(source))
+        steps = grain.MapDataset.range(first_step, stop) if first_step < stop else None
         self._batches: Iterator[PatchBatch] = iter(())
         if steps is not None:
             options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)

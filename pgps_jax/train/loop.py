@@ -167,6 +167,7 @@ def run_steps(session: Session, run: Experiment, state: TrainState, online: Onli
             stage = run.schedule.stage_at(done - 1)
             with memory_errors_of(stage):
                 state = take_step(session, run, state, batches, meter, skipped, entered)
+                online.prepare(run, state.params)
                 progress(done, run.num_steps, f"{stage}  {meter.latest}", partial(meter.seconds_left, done - 1))
                 if meter.steps_in_stage == STEPS_BEFORE_FORECAST:
                     session.log.say(f"  {meter.forecast(done - 1)}")

@@ -2,13 +2,14 @@
 
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 from flax import nnx
 from jaxtyping import PyTree
 
 from pgps_jax.curriculum import Stage
-from pgps_jax.data.pipeline import validation_source
+from pgps_jax.data.pipeline import PatchStream, validation_source
 from pgps_jax.report.run_log import RunLog
 from pgps_jax.train.device import Device, abstract_batch, put
 from pgps_jax.train.health import concern, memory_errors_of
@@ -34,14 +35,22 @@ class OnlineValidation:
             num_batches=run.config.epochs * run.config.validation_steps, image_dtype=device.transport, label_dtype=run.label_dtype)
         self._batch = abstract_batch(device, stage.batch_size, stage.patch_size, run.channels, run.label_dtype)
         self._step = jax.jit(make_validation_step(graphdef, run.labels, run.configuration.batch_dice, stage.parts))
-        self._program: jax.stages.Compiled | None = None
+        self._program: Future | None = None
+
+    def prepare(self, run: Experiment, params: PyTree) -> None:
+        """Start making the program in the background, unless that has been done."""
+        if self._program is None:
+            shapes = abstract(params, self._device.whole)
+            maker = ThreadPoolExecutor(1, thread_name_prefix="compile")
+            self._program = maker.submit(lambda: self._step.lower(shapes, self._batch).compile(program_options(run, self._device)))
+            maker.shutdown(wait=False)
 
     def __call__(self, run: Experiment, params: PyTree, meter: Meter, log: RunLog, done: int) -> bool:
         """Validate after `done` steps."""
         began, per_epoch = time.perf_counter(), run.config.steps_per_epoch
         epoch = (done - 1) // per_epoch
         with memory_errors_of(self._trained):
-            counts = self._counts(run, params, epoch)
+            counts = self._counts(run, params, epoch, log)
         best_before = meter.best_ema()
         record = meter.epoch(epoch, epoch * per_epoch, done - 1, float(run.learning_rates[done - 1]),
                              counts, time.perf_counter() - began)
@@ -50,14 +59,16 @@ class OnlineValidation:
             log.say(worry)
         return (record["pseudo_dice_ema"] or 0) > best_before
 
-    def _counts(self, run: Experiment, params: PyTree, epoch: int) -> list[ValidationCounts]:
+    def _counts(self, run: Experiment, params: PyTree, epoch: int, log: RunLog) -> list[ValidationCounts]:
         """Of each validation batch of an epoch."""
-        if self._program is None:
-            lowered = self._step.lower(abstract(params, self._device.whole), self._batch)
-            self._program = lowered.compile(program_options(run, self._device))
-        steps = run.config.validation_steps
-        batches = (self._source.batch_of_step(epoch * steps + i) for i in range(steps))  # read while the one before computes
-        return jax.device_get([self._program(params, put(batch, self._device)) for batch in batches])
+        self.prepare(run, params)
+        program, first, counts = self._program.result(), epoch * run.config.validation_steps, []
+        stop = first + run.config.validation_steps
+        with PatchStream(self._source, first, stop=stop, threads=run.config.threads, say=log.stalled) as batches:
+            for batch in batches:
+                counts.append(program(params, put(batch, self._device)))
+                jax.block_until_ready(counts[-3:-2])  # so that no more than two batches wait on the device
+        return jax.device_get(counts)
 
 
 def validation_stage(trained: Stage, planned_batch: int, devices: int) -> Stage:

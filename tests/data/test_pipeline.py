@@ -146,6 +146,17 @@ def test_a_stream_goes_on_from_any_step_and_ends_with_the_schedule(store):
         assert list(nothing) == []
 
 
+def test_a_stream_can_end_sooner_and_reads_no_further(store, monkeypatch):
+    source, read = make_source(store), []
+    whole = source.batch_of_step
+    monkeypatch.setattr(source, "batch_of_step", lambda step: read.append(int(step)) or whole(step))
+    for stop, expected in ((5, [2, 3, 4]), (2, []), (NUM_STEPS + 9, list(range(2, NUM_STEPS)))):
+        read.clear()
+        with PatchStream(source, 2, stop=stop, threads=3) as batches:
+            assert len(list(batches)) == len(expected)
+        assert sorted(read) == expected
+
+
 def test_processes_give_the_same_bits_and_report_what_goes_wrong(store):
     expected = [make_source(store).batch_of_step(step) for step in range(NUM_STEPS)]
     with PatchStream(make_source(store), processes=1, threads=1) as batches:
