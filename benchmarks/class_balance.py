@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, PercentFormatter
 
-from pgps_jax import workspace
+from pgps_jax import preparation, workspace
 from pgps_jax.config import RunConfig
 from pgps_jax.main import main as command_line
 
@@ -29,8 +29,8 @@ def measure(dataset: Path, folder: Path) -> dict:
     for command in ("plan", "preprocess"):
         assert command_line([command, *common]) == 0
     config = RunConfig(dataset, folder)
-    _, plans, preprocessed = workspace.plan_dataset(dataset, folder, config.planner, print)
-    configuration = workspace.configuration_of(plans, config.configuration)
+    _, plans, preprocessed = preparation.plan_dataset(dataset, folder, config.planner, print)
+    configuration = preparation.configuration_of(plans, config.configuration)
     schedule = workspace.planned_schedule(config, configuration, 1)
     rows = [{"patch_size": list(b.stage.patch_size), "patches": b.patches, "foreground": round(b.foreground, 6),
              "classes": {name: round(share, 6) for name, share in b.classes.items()}}

@@ -16,6 +16,7 @@ from pgps_jax.inference import read_inference
 from pgps_jax.interop.monai_names import state_dict_from_params
 from pgps_jax.interop.nnunet_model import find_folds, read_nnunet_model, write_checkpoint, write_nnunet_model
 from pgps_jax.interop.pretrained import load_partially
+from pgps_jax.json_file import read_json, write_json
 from pgps_jax.models import build
 from pgps_jax.models.swin_unetr import SwinUnetrOptions
 from pgps_jax.models.unetr import UnetrOptions, read_options
@@ -23,7 +24,6 @@ from pgps_jax.train.checkpoint import Checkpoints, load_params
 from pgps_jax.train.pretrained import read_pretrained
 from pgps_jax.train.state import TrainState, split
 from pgps_jax.validate import fold_folders
-from pgps_jax.workspace import read_json, write_json
 
 
 def import_nnunet(results: Path, output: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from pgps_jax import __version__, workspace
+from pgps_jax import __version__, preparation, workspace
 from pgps_jax.bench import check_bench, chosen_stages, host_of, measure_stage, open_bench
 from pgps_jax.commands import (
     Bench,
@@ -47,7 +47,7 @@ from pgps_jax.evaluate.summary import check_output_file, evaluate_folder, withou
 from pgps_jax.exchange import export_monai, export_nnunet, import_monai, import_nnunet
 from pgps_jax.infer.predict import predict_folder
 from pgps_jax.interop.preprocessed import export_properties
-from pgps_jax.json_file import write_json
+from pgps_jax.json_file import read_json, write_json
 from pgps_jax.report.bench import advice, bench_table, overall_limit
 from pgps_jax.report.comparison import class_names, compare, comparison_table, plot_comparison, read_contenders
 from pgps_jax.report.doctor_page import write_doctor_report
@@ -73,23 +73,23 @@ DatasetCommand = PlanCommand | Preprocess | RunConfig
 def plan(command: PlanCommand) -> None:
     """Plan a dataset, unless it is planned."""
     with CaseProgress("planning") as progress:
-        dataset, plans, folder = workspace.plan_dataset(
+        dataset, plans, folder = preparation.plan_dataset(
             command.dataset, command.workspace, command.planner, say, progress, command.workers,
             command.overwrite, command.overrides, command.group_by)
-    for line in (*plans.notes, *(workspace.explanation(dataset, plans, folder) if command.explain else ())):
+    for line in (*plans.notes, *(preparation.explanation(dataset, plans, folder) if command.explain else ())):
         say(line)
     for name, c in plans.configurations.items():
         say(f"{name}: patch {c.patch_size}, batch {c.batch_size}, spacing {tuple(round(s, 4) for s in c.spacing)} mm")
-    say(f"plans: {folder / workspace.PLANS_FILE[command.planner]}")
+    say(f"plans: {folder / preparation.PLANS_FILE[command.planner]}")
 
 
 def preprocess(command: Preprocess | RunConfig) -> None:
     """Preprocess the cases of a planned dataset that are not done yet."""
     with CaseProgress("preprocessing") as progress:
-        dataset, plans, folder = workspace.plan_dataset(
+        dataset, plans, folder = preparation.plan_dataset(
             command.dataset, command.workspace, command.planner, say, progress, command.workers)
-        configuration = workspace.configuration_of(plans, command.configuration)
-        store = workspace.preprocess(dataset, plans, configuration, folder, command.workers, progress, say)
+        configuration = preparation.configuration_of(plans, command.configuration)
+        store = preparation.preprocess(dataset, plans, configuration, folder, command.workers, progress, say)
     say(f"{len(store.ids)} preprocessed cases: {store.folder}")
 
 
@@ -99,14 +99,14 @@ def show_schedule(command: ShowSchedule) -> None:
     if command.plot and (command.plot.is_dir() or not command.plot.parent.is_dir()):
         raise InputError(f"--plot {command.plot}: must name a file in a folder that exists")
     note, ids = complain if command.json else say, None
-    if workspace.is_preprocessed(command.dataset):
-        folder, plans, _ = workspace.planned(command.dataset, command.workspace, command.planner)
+    if preparation.is_preprocessed(command.dataset):
+        folder, plans, _ = preparation.planned(command.dataset, command.workspace, command.planner)
     else:
         with CaseProgress("planning") as progress:
-            dataset, plans, folder = workspace.plan_dataset(
+            dataset, plans, folder = preparation.plan_dataset(
                 command.dataset, command.workspace, command.planner, lambda _: None, progress, command.workers)
         ids = [case.id for case in dataset.cases]
-    configuration = workspace.configuration_of(plans, command.configuration, command.network, command.batch_size, note)
+    configuration = preparation.configuration_of(plans, command.configuration, command.network, command.batch_size, note)
     train_ids, _ = workspace.cases_to_train(command, configuration, folder, ids)
     schedule = workspace.planned_schedule(command, configuration, len(train_ids))
     for sentence in workspace.notes_on_schedule(command, schedule):
@@ -180,16 +180,16 @@ def bench(command: Bench) -> None:
     console.print(bench_table(rows, host))
     say(f"{limit}; training would wait for input {100 * waiting:.0f} % of its time. What to change: {advice(limit, host)}")
     if command.json is not None:
-        workspace.write_json(command.json, {
+        write_json(command.json, {
             "limit": limit, "input_wait": round(waiting, 4), "advice": advice(limit, host), "host": host._asdict(),
             "stages": [row.record() for row in rows], "environment": environment()})
 
 
 def reproduce(run: Path) -> None:
     """Print the command on its own line, and notes on the error stream, so that it can be piped."""
-    config = from_json(RunConfig, workspace.read_json(run / "config.json"), f"{run / 'config.json'}")
-    then, now = workspace.read_json(run / "environment.json"), environment()
-    print(command_line(config, "train" if config.dataset.is_dir() and workspace.is_preprocessed(config.dataset) else "run"))
+    config = from_json(RunConfig, read_json(run / "config.json"), f"{run / 'config.json'}")
+    then, now = read_json(run / "environment.json"), environment()
+    print(command_line(config, "train" if config.dataset.is_dir() and preparation.is_preprocessed(config.dataset) else "run"))
     complain(f"started {then.get('time')} in {then.get('folder', 'an unknown folder')}; give another --name to run it again there")
     for change in differences(then, now):
         complain(f"not as then: {change}")
@@ -288,7 +288,7 @@ def fetch(command: FetchMsd) -> None:
 def from_raw_folder(command: DatasetCommand) -> DatasetCommand:
     """The same command on nnU-Net's layout, converted into the workspace, where it names a Decathlon folder."""
     with CaseProgress("converting") as progress:
-        folder = workspace.raw_folder(
+        folder = preparation.raw_folder(
             command.dataset, command.workspace, (lambda _: None) if isinstance(command, ShowSchedule) else say, progress)
     return command if folder == command.dataset else dataclasses.replace(command, dataset=folder)
 
@@ -400,8 +400,8 @@ def execute(command: object) -> int:
                     export_properties(command.folder, progress)
                 say(f"nnU-Net's properties of cases: {command.folder}")
             case ImportMonai():
-                _, planned, dataset = workspace.planned(command.dataset, command.workspace, command.planner)
-                configuration = workspace.configuration_of(planned, command.configuration, command.network, say=say)
+                _, planned, dataset = preparation.planned(command.dataset, command.workspace, command.planner)
+                configuration = preparation.configuration_of(planned, command.configuration, command.network, say=say)
                 say(f"run: {import_monai(command.weights, planned, dataset, configuration, command.output)}")
             case ExportMonai():
                 for file in export_monai(command.run, command.output, command.checkpoint):

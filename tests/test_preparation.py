@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from pgps_jax import workspace
+from pgps_jax import preparation
 from pgps_jax.data.planner import Overrides
 from pgps_jax.data.synthetic import write_phantom_dataset
 from pgps_jax.errors import InputError
@@ -19,13 +19,13 @@ def raw(tmp_path):
 
 def plan(raw, **wishes):
     said = []
-    return (*workspace.plan_dataset(raw, raw.parent / "work", "nnunet", said.append, workers=1, **wishes), said)
+    return (*preparation.plan_dataset(raw, raw.parent / "work", "nnunet", said.append, workers=1, **wishes), said)
 
 
 def preprocess(raw):
     dataset, plans, folder, _ = plan(raw)
     said = []
-    store = workspace.preprocess(dataset, plans, plans.configurations["3d_fullres"], folder, workers=1, say=said.append)
+    store = preparation.preprocess(dataset, plans, plans.configurations["3d_fullres"], folder, workers=1, say=said.append)
     return store, said
 
 
@@ -52,7 +52,7 @@ def test_folds_that_name_a_missing_case_are_refused_before_the_work(raw):
     (folder / "splits_final.json").write_text(json.dumps(splits))
     said = []
     with pytest.raises(InputError, match="such as ghost; bring them back, or delete the file"):
-        workspace.plan_dataset(raw, raw.parent / "work", "nnunet", said.append, workers=1, overwrite=True)
+        preparation.plan_dataset(raw, raw.parent / "work", "nnunet", said.append, workers=1, overwrite=True)
     assert said == []
 
 
@@ -74,7 +74,7 @@ def test_a_process_waits_while_another_prepares_the_same_dataset_and_then_finds_
             waits.set()
 
     def second():
-        results.append(workspace.plan_dataset(raw, raw.parent / "work", "nnunet", say, workers=1))
+        results.append(preparation.plan_dataset(raw, raw.parent / "work", "nnunet", say, workers=1))
 
     thread = threading.Thread(target=second)
     with hold_folder(folder, lambda: 1 / 0):

@@ -10,7 +10,7 @@ from pgps_jax import main as program
 from pgps_jax.data.synthetic import write_phantom_dataset
 from pgps_jax.errors import InputError
 from pgps_jax.main import EXIT_BAD_INPUT, main
-from pgps_jax.workspace import raw_folder
+from pgps_jax.preparation import raw_folder
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from pgps_jax.data.plan import Plan, check_preprocessing, read_plan, write_plan
 from pgps_jax.errors import InputError
-from pgps_jax.workspace import configuration_of
+from pgps_jax.preparation import configuration_of
 
 
 def current() -> dict:

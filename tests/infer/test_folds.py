@@ -18,10 +18,11 @@ from pgps_jax.data.preprocess import preprocess_case
 from pgps_jax.data.store import CaseStore, write_case
 from pgps_jax.errors import InputError
 from pgps_jax.main import main
+from pgps_jax.preparation import check_references
 from pgps_jax.train.checkpoint import Checkpoints
 from pgps_jax.train.state import TrainState
 from pgps_jax.validate import dice_table, fold_folders, load_predictor, unfinished, validate
-from pgps_jax.workspace import Experiment, check_references
+from pgps_jax.workspace import Experiment
 
 
 @pytest.fixture
