@@ -123,12 +123,19 @@ def test_over_a_resume_each_stage_still_in_use_compiles_exactly_once(tiny, sessi
     assert after.compilations == dict.fromkeys(stages_from(schedule, 6), 1)
 
 
-def test_random_sizes_that_are_never_drawn_are_not_compiled(tiny, sessions):
-    config = config_of(tiny, "few_draws", "rpss", epochs=1)
+def test_random_sizes_are_compiled_in_the_order_of_their_first_use_and_those_never_drawn_are_not(tiny, monkeypatch):
+    config = config_of(tiny, "few_draws", "rpss")
     schedule = open_experiment(config).schedule
-    assert len(stages_from(schedule, 0)) < len(schedule.stages)
+    in_use, asked, prefetch = stages_from(schedule, 0), [], StagePrograms.prefetch
+    assert len(in_use) < min(len(schedule.stages), schedule.num_steps)
+
+    def seen(self, *stages):
+        asked.append(list(stages))
+        prefetch(self, *stages)
+
+    monkeypatch.setattr(StagePrograms, "prefetch", seen)
     trained(config)
-    assert set(sessions[0].compilations) == set(stages_from(schedule, 0))
+    assert asked[0] == in_use and {stage for stages in asked for stage in stages} == set(in_use)
 
 
 def test_stages_that_come_back_are_random_order_however_few_steps_there_are():
