@@ -64,3 +64,15 @@ def fresh():
 def own_cache_folder(tmp_path_factory):
     """Compiled programs of the tests stay with the tests; a stopped and resumed run finds those of its first half."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs of runs and predictions are compiled without LLVM's optimisations, which take most of the time of a run of a few steps."""
+    from pgps_jax.infer import predict
+    from pgps_jax.train import setup
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (setup, predict):
+            patch.setattr(module, "compiler_options", lambda platform: {"xla_backend_optimization_level": "0"})
+        yield

@@ -13,13 +13,12 @@ from pgps_jax.architecture import Architecture
 from pgps_jax.data.synthetic import write_phantom_dataset
 from pgps_jax.errors import InputError
 from pgps_jax.exchange import monai_class, write_state_dict
-from pgps_jax.infer import predict
 from pgps_jax.interop.nnunet_model import write_checkpoint
 from pgps_jax.interop.pickles import read_checkpoint
 from pgps_jax.main import EXIT_BAD_INPUT, EXIT_STOPPED, main
 from pgps_jax.models import build
 from pgps_jax.report.run_log import read_records
-from pgps_jax.train import loop, setup
+from pgps_jax.train import loop
 from pgps_jax.train.checkpoint import load_params
 from pgps_jax.train.state import split
 from pgps_jax.train.stopping import StopRequest
@@ -27,14 +26,7 @@ from pgps_jax.train.stopping import StopRequest
 UNETR = ["--network.backbone", "unetr", "--network.unetr.feature-size", "4", "--network.unetr.hidden-size", "8",
          "--network.unetr.mlp-dim", "8", "--network.unetr.num-heads", "2"]  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Without LLVM's optimisations, which take most of the time of so small a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (setup, predict):
-            patch.setattr(module, "compiler_options", lambda platform: {"xla_backend_optimization_level": "0"})
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from pgps_jax.train.stopping import StopRequest
 
 STEPS = 9
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):

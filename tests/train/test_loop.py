@@ -22,6 +22,8 @@ from pgps_jax.workspace import goes_on, open_experiment, write_run_folder
 forecasting = importlib.import_module("pgps_jax.train.forecast")  # the package's attribute of this name may be the function
 STEPS_PER_EPOCH = 4
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):

@@ -20,6 +20,8 @@ from pgps_jax.train.checkpoint import load_params
 from pgps_jax.train.pretrained import output_names, params_of, prepare_start, read_pretrained, state_dict_of, write_start
 from pgps_jax.train.setup import initial_state
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

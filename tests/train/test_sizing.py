@@ -40,6 +40,8 @@ from pgps_jax.workspace import (
 
 HOUR = 3600 * sizing.SHARE_OF_STEPS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
