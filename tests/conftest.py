@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,11 @@ def quick_compilation():
         for module in (setup, predict):
             patch.setattr(module, "compiler_options", lambda platform: {"xla_backend_optimization_level": "0"})
         yield
+
+
+@pytest.fixture
+def hanging_up_counts():
+    """SIGHUP as a terminal has it: tests that are started with nohup ignore it, and so would what they start."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

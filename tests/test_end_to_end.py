@@ -29,6 +29,7 @@ from pgps_jax.train.stopping import StopRequest
 from pgps_jax.workspace import note_on_sides, open_experiment, write_run_folder
 
 STEPS = 12
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

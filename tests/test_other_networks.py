@@ -145,7 +145,7 @@ def test_monais_weights_start_a_run_and_the_report_names_what_did_not_fit(tiny, 
     weights["rotation_head.weight"] = np.zeros((4, 4), np.float32)
     write_checkpoint(tmp_path / "more.pt", {"state_dict": {f"module.{name}": array for name, array in weights.items()}})
 
-    def stop(run):
+    def stop(run, spoken):
         raise loop.Stopped("test")
 
     monkeypatch.setattr("pgps_jax.main.train", stop)

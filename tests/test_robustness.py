@@ -215,7 +215,7 @@ def test_ctrl_c_once_saves_and_twice_leaves_at_once(tiny, finished, interruption
         assert (log.parent / "checkpoints" / "last" / str(step)).exists()
 
 
-def test_a_run_whose_terminal_closes_saves_and_stops(tiny, finished):
+def test_a_run_whose_terminal_closes_saves_and_stops(tiny, finished, hanging_up_counts):
     log = run_folder(tiny, "hung_up") / "train.log"
     ours, theirs = os.openpty()
     in_terminal = ["sh", "-c", f"exec <>{os.ttyname(theirs)} >&0 2>&0; exec \"$@\"", "sh"]  # a new session takes it for its terminal

@@ -106,7 +106,7 @@ def test_going_on_with_other_weights_is_refused_and_without_the_file_is_fine(con
     write_checkpoint(tmp_path / "w.pth", {"state_dict": {
         "encoder.stages.0.0.convs.0.norm.weight": np.full(4, 7, np.float32)}})
 
-    def stop(run):
+    def stop(run, spoken):
         raise loop.Stopped("test")
 
     monkeypatch.setattr("pgps_jax.main.train", stop)

@@ -10,7 +10,7 @@ from pgps_jax.train.stopping import StopRequest
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
-def test_a_signal_is_a_wish_and_not_an_interruption(tmp_path, name):
+def test_a_signal_is_a_wish_and_not_an_interruption(tmp_path, hanging_up_counts, name):
     with StopRequest(tmp_path) as stop:
         assert stop.reason is None
         os.kill(os.getpid(), getattr(signal, name))
