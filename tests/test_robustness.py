@@ -226,7 +226,10 @@ def test_a_run_whose_terminal_closes_saves_and_stops(tiny, finished, hanging_up_
             os.read(ours, 10**6)
     os.close(ours)
     os.close(theirs)
-    assert process.wait(60) == EXIT_STOPPED
+    try:
+        assert process.wait(60) == EXIT_STOPPED
+    finally:
+        process.kill()  # or a test that fails would leave a training for ever
     (stop,) = [r for r in read_records(log.with_name("events.jsonl")) if r["kind"] == "stopped"]
     assert stop["reason"] == "SIGHUP" and (log.parent / "checkpoints" / "last" / str(stop["step"])).exists()
     assert "stopped by SIGHUP" in log.read_text()
