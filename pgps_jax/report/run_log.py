@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 SECONDS_BETWEEN_WRITES = 2.0  # of step records, for those who watch a run
-LOG_COLUMNS = 160  # of tables in train.log
+LOG_COLUMNS = 160  # of tables in train.log, and wherever there is no terminal
 
 
 class Output(io.TextIOBase):
@@ -62,6 +62,8 @@ class Output(io.TextIOBase):
 
 
 console = Console(file=Output(), highlight=False, soft_wrap=True)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = LOG_COLUMNS  # a file or a pipe has no width of its own, and 80 columns cut the tables
 
 
 def read_records(path: Path) -> list[dict]:
