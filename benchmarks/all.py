@@ -47,11 +47,13 @@ def parts(device: str, dataset: Path | None) -> dict[str, Part]:
         training = ["--modes", "constant", "efficiency", "--steps", "3000", "--batch", "9", "--features", "32", "--augment", "default"]
         longest = 15
     else:
+        quick = ["--turns", "3", "--seconds", "0.5"]
         found = {
             "precision": Part(["precision", "--largest", "300000"]),
-            "step": Part(["step", "--turns", "3", "--seconds", "0.5"]),
-            "step_resenc": Part(
-                ["step", "--network", "resenc-unet", "--turns", "3", "--seconds", "0.5", "--stages", "0", "7", "15"]),
+            "step": Part(["step", *quick]),
+            "step_resenc": Part(["step", *quick, "--network", "resenc-unet", "--stages", "0", "7", "15"]),
+            "step_unetr": Part(["step", *quick, "--network", "unetr", "--batch", "2", "--stages", "0", "3", "7"]),
+            "step_swin_unetr": Part(["step", *quick, "--network", "swin-unetr", "--batch", "2", "--stages", "0", "3"]),
             "memory": Part(["memory", "--stages", "0", "7", "14"]),
             "epoch": Part(["epoch"]),
             "infer": Part(["infer"]),

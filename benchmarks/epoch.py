@@ -40,9 +40,9 @@ def ours(folder: Path, stage, backbone: str, device: str):
     from pgps_jax.train.state import abstract, init_state, split
     from pgps_jax.train.step import make_train_step
 
-    plan, cases = step.PLANS["hippocampus"], loader.PLANS["hippocampus"]
+    plan, cases = step.PLANS["hippocampus"].with_backbone(backbone), loader.PLANS["hippocampus"]
     policy = make_policy(AugmentConfig(), plan.patch)
-    network = plan.architecture(backbone)
+    network = plan.architecture
     optimizer = make_optimizer(OptimConfig(), lowest_head(network))
     where = open_device((stage,), "auto")
     graphdef, params = split(build(network, 1, plan.classes, dtype=where.dtype, rngs=nnx.Rngs(0)))
@@ -68,8 +68,8 @@ def ours(folder: Path, stage, backbone: str, device: str):
 @contextmanager
 def theirs(folder: Path, stage, backbone: str, device: str):
     """The same with nnU-Net's loader and augmentation, and PyTorch."""
-    plan, cases = step.PLANS["hippocampus"], loader.PLANS["hippocampus"]
-    train_on = step.torch_trainer(plan.architecture(backbone), plan.classes, device)
+    plan, cases = step.PLANS["hippocampus"].with_backbone(backbone), loader.PLANS["hippocampus"]
+    train_on = step.torch_trainer(plan.architecture, plan.classes, device)
     batches = loader.nnunet_workers(
         loader.nnunet_loader(folder, stage, cases._replace(batch=stage.batch_size)), os.cpu_count() or 1)
 

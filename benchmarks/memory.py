@@ -31,7 +31,7 @@ def measure(plan: step.StepPlan, patch, batch: int, device: str) -> dict:
     compiled = []
     original = jax.stages.Lowered.compile
     jax.stages.Lowered.compile = lambda *args, **kwargs: compiled.append(original(*args, **kwargs)) or compiled[-1]
-    _, run = step.jax_side(plan, "plain-unet", device)(patch, batch)
+    _, run = step.jax_side(plan, device)(patch, batch)
     sizes = compiled[-1].memory_analysis()
     before, peak_before = in_use_and_peak(jax.local_devices()[0])
     for _ in range(3):

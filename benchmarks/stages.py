@@ -1,7 +1,6 @@
 """The stages of every mode for two plans, as Markdown: python -m benchmarks.stages > docs/stages.md"""
 
 from benchmarks.step import PLANS
-from pgps_jax.architecture import PatchLimits
 from pgps_jax.curriculum import CurriculumConfig, make_schedule
 from pgps_jax.report.schedule import stage_rows, voxel_share
 
@@ -17,13 +16,12 @@ one of its patches for every step; `reversed` and `random-order` have the stages
 def main() -> None:
     print(INTRODUCTION)
     for name, plan in PLANS.items():
-        smallest = (2 ** (len(plan.features) - 1),) * 3
         title = "x".join(map(str, plan.patch))
         print(f"\n## {name}: planned patch {title}, batch {plan.batch}\n")
         print("| mode | voxels of all steps against constant | stages: patch·batch (share) |\n|---|---|---|")
         print(f"| constant | 1.000 | {title} batch {plan.batch} |")
         for mode in MODES:
-            schedule = make_schedule(CurriculumConfig(mode=mode), plan.patch, plan.batch, PatchLimits(smallest, smallest),
+            schedule = make_schedule(CurriculumConfig(mode=mode), plan.patch, plan.batch, plan.limits,
                                      EPOCHS * STEPS_PER_EPOCH, STEPS_PER_EPOCH)
             rows = stage_rows(schedule, plan.patch, plan.batch)
             stages = ", ".join(f"{'x'.join(map(str, row['patch_size']))}·{row['batch_size']} ({row['share']:.3f})" for row in rows)

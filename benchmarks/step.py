@@ -1,8 +1,9 @@
-"""Seconds per training step at the stages of efficiency mode: pgps_jax against PyTorch with nnU-Net's network.
+"""Seconds per training step at the stages of efficiency mode: pgps_jax against PyTorch with nnU-Net's or MONAI's network.
 
     python -m benchmarks.step                      # Hippocampus plan, all stages, and 2 x 40x56x40
     python -m benchmarks.step --stages 0 7 14      # some of them
     python -m benchmarks.step --network resenc-unet --plan 128
+    python -m benchmarks.step --network unetr --batch 2
     python -m benchmarks.step --device gpu         # bfloat16 against PyTorch's AMP with torch.compile
 
 Both sides run forward, loss (Dice + cross-entropy with deep supervision), backward, clipping and Nesterov SGD on the
@@ -25,33 +26,55 @@ from typing import NamedTuple
 RESULTS = Path(__file__).parent / "results"
 
 
+TRANSFORMERS = {"unetr": 16, "swin-unetr": 32}  # and the voxels of which their patches are multiples
+
+
 class StepPlan(NamedTuple):
-    """What is trained: a U-Net with strides of 2, its planned patch and batch."""
+    """What is trained: a network, U-Nets with strides of 2, its planned patch and batch."""
 
     features: tuple[int, ...]
     patch: tuple[int, int, int]
     batch: int
     classes: int = 3
+    backbone: str = "plain-unet"
+
+    def with_backbone(self, backbone: str) -> "StepPlan":
+        """The plan of another network, its patch rounded up to one that the network can take."""
+        if backbone in TRANSFORMERS:
+            step = TRANSFORMERS[backbone]
+            return self._replace(backbone=backbone, patch=tuple(-(-n // step) * step for n in self.patch))
+        return self._replace(backbone=backbone)
+
+    @property
+    def limits(self):
+        """Smallest patch and increment."""
+        from pgps_jax.models import limits
+
+        return limits(self.architecture)
 
     def stages(self, mode: str = "efficiency"):
         """Patch and batch of every stage of a mode, smallest patch first."""
-        from pgps_jax.architecture import PatchLimits
         from pgps_jax.curriculum import CurriculumConfig, batch_policy, batch_sizes, patch_ladder
 
-        smallest = (2 ** (len(self.features) - 1),) * 3
-        ladder = patch_ladder(mode, self.patch, PatchLimits(smallest, smallest))
+        ladder = patch_ladder(mode, self.patch, self.limits)
         return list(zip(ladder, batch_sizes(batch_policy(CurriculumConfig(mode=mode)), ladder, self.batch), strict=True))
 
-    def architecture(self, backbone: str):
+    @property
+    def architecture(self):
+        """Transformers have their default options."""
         from pgps_jax.architecture import Architecture
 
-        n, plain = len(self.features), backbone == "plain-unet"
+        if self.backbone in TRANSFORMERS:
+            return Architecture(self.backbone, options={"table_size": self.patch} if self.backbone == "unetr" else {})
+        n, plain = len(self.features), self.backbone == "plain-unet"
         blocks = (2,) * n if plain else (1, 3, 4, 6, 6, 6)[:n]
         strides = ((1, 1, 1),) + ((2, 2, 2),) * (n - 1)
-        return Architecture(backbone, self.features, ((3, 3, 3),) * n, strides, blocks, (2 if plain else 1,) * (n - 1))
+        return Architecture(self.backbone, self.features, ((3, 3, 3),) * n, strides, blocks, (2 if plain else 1,) * (n - 1))
 
-    def flops(self, patch, batch: int) -> float:
+    def flops(self, patch, batch: int) -> float | None:
         """Multiplications and additions of a plain U-Net's convolutions, forward and backward (three times the forward)."""
+        if self.backbone != "plain-unet":
+            return None
         total, before = 0.0, 1
         for level, f in enumerate(self.features):
             voxels = batch * math.prod(patch) / 8**level
@@ -69,7 +92,7 @@ PLANS = {
 }
 
 
-def jax_side(plan: StepPlan, backbone: str, device: str):
+def jax_side(plan: StepPlan, device: str):
     """(patch, batch) -> (compile seconds, function that runs one step and returns when it is done)."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other side needs memory of the same device
     import jax
@@ -83,9 +106,14 @@ def jax_side(plan: StepPlan, backbone: str, device: str):
     from pgps_jax.train.optim import OptimConfig, make_optimizer
 
     labels = Labels.from_json({"labels": {"background": 0} | {f"class {i}": i for i in range(1, plan.classes)}})
-    network = plan.architecture(backbone)
+    network = plan.architecture
     dtype = jnp.float32 if device == "cpu" else jnp.bfloat16
-    graphdef, params = nnx.split(build(network, 1, plan.classes, dtype=dtype, rngs=nnx.Rngs(0)), nnx.Param)
+
+    def fresh():
+        return build(network, 1, plan.classes, dtype=dtype, rngs=nnx.Rngs(0))
+
+    graphdef, _ = nnx.split(nnx.eval_shape(fresh), nnx.Param)
+    params = jax.jit(lambda: nnx.state(fresh(), nnx.Param))()
     optimizer = make_optimizer(OptimConfig(), lowest_head(network))
 
     def step(state, image, label):
@@ -117,22 +145,38 @@ def jax_side(plan: StepPlan, backbone: str, device: str):
     return prepare
 
 
-def torch_trainer(a, classes: int, device: str, channels: int = 1):
-    """nnU-Net's network of an architecture and one step of its training: (image (b, c, d, h, w), label (b, d, h, w)) -> loss."""
+def peer_network(a, classes: int, channels: int, patch):
+    """nnU-Net's or MONAI's network of an architecture, for patches of one size."""
     import torch
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
-    from torch.nn import functional as F
 
-    n_stages = len(a.features_per_stage)
-    shared = dict(
+    if a.backbone == "unetr":
+        from monai.networks.nets import UNETR
+
+        return UNETR(channels, classes, patch)
+    if a.backbone == "swin-unetr":
+        from monai.networks.nets import SwinUNETR
+
+        return SwinUNETR(channels, classes)
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+
+    network, depth = (PlainConvUNet, "n_conv_per_stage") if a.backbone == "plain-unet" else (ResidualEncoderUNet, "n_blocks_per_stage")
+    return network(
+        channels, len(a.features_per_stage), a.features_per_stage, **{depth: a.blocks_per_stage},
         conv_op=torch.nn.Conv3d, kernel_sizes=a.kernel_sizes, strides=a.strides, num_classes=classes,
         n_conv_per_stage_decoder=a.convs_per_stage_decoder, conv_bias=True, norm_op=torch.nn.InstanceNorm3d,
         norm_op_kwargs=dict(eps=1e-5, affine=True), nonlin=torch.nn.LeakyReLU, nonlin_kwargs=dict(inplace=True), deep_supervision=True,
     )
-    if a.backbone == "plain-unet":
-        net = PlainConvUNet(channels, n_stages, a.features_per_stage, n_conv_per_stage=a.blocks_per_stage, **shared)
-    else:
-        net = ResidualEncoderUNet(channels, n_stages, a.features_per_stage, n_blocks_per_stage=a.blocks_per_stage, **shared)
+
+
+def torch_trainer(a, classes: int, device: str, channels: int = 1, patch=None):
+    """The peer's network of an architecture and one step of its training: (image (b, c, d, h, w), label (b, d, h, w)) -> loss.
+
+    UNETR is made for patches of one size, the others take any.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    net = peer_network(a, classes, channels, patch)
     torch.nn.functional._verify_spatial_size = lambda size: None  # torch refuses to train with a bottleneck of one voxel
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
     on_gpu = device == "gpu"
@@ -140,7 +184,8 @@ def torch_trainer(a, classes: int, device: str, channels: int = 1):
         torch.backends.cudnn.benchmark = True
         net = torch.compile(net.cuda(), dynamic=False)  # it would compile for any shape from the second one on, for slower steps
     scaler = torch.amp.GradScaler("cuda", enabled=on_gpu)
-    weights = [1 / 2**i for i in range(n_stages - 2)] + [0.0]  # of deep supervision; the lowest head has none
+    heads_below = len(a.features_per_stage) - 2  # of deep supervision, without the lowest, which has no weight
+    weights = [1 / 2**i for i in range(heads_below)] + [0.0] if a.features_per_stage else [1.0]
 
     def loss_of(logits, label):
         logits = logits.float()
@@ -153,7 +198,7 @@ def torch_trainer(a, classes: int, device: str, channels: int = 1):
     def train_on(image, label) -> float:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", enabled=on_gpu):
-            heads = net(image)
+            heads = net(image) if a.features_per_stage else [net(image)]
             loss = 0.0
             for weight, logits in zip(weights, heads, strict=True):
                 if weight:
@@ -177,14 +222,14 @@ def forget_shapes() -> None:
     torch._dynamo.reset()
 
 
-def torch_side(plan: StepPlan, backbone: str, device: str):
+def torch_side(plan: StepPlan, device: str):
     """The same with PyTorch."""
     import torch
 
-    train_on = torch_trainer(plan.architecture(backbone), plan.classes, device)
     where = "cuda" if device == "gpu" else "cpu"
 
     def prepare(patch, batch):
+        train_on = torch_trainer(plan.architecture, plan.classes, device, patch=patch)
         image = torch.randn(batch, 1, *patch, device=where)
         label = torch.randint(0, plan.classes, (batch, *patch), device=where)
         start = time.perf_counter()
@@ -257,10 +302,12 @@ def compare(pipes: dict, patch, batch: int, options) -> dict:
     }
 
 
-def line(row: dict, flops: float, peak_tflops: float | None) -> str:
+def line(row: dict, flops: float | None, peak_tflops: float | None) -> str:
     text = (f"{'x'.join(map(str, row['patch'])):>12} {row['batch']:>5} {row['jax_ms']:>8.1f} ms {row['torch_ms']:>8.1f} ms "
-            f"{row['ratio']:>6.2f} {row['best_ratio']:>6.2f} {row['compile_s']:>6.1f} s {flops / row['jax_ms'] / 1e6:>8.0f} GFLOP/s")
-    return text + (f" {flops / row['jax_ms'] / 1e7 / peak_tflops:>5.1f} % of peak" if peak_tflops else "")
+            f"{row['ratio']:>6.2f} {row['best_ratio']:>6.2f} {row['compile_s']:>6.1f} s")
+    if flops:
+        text += f" {flops / row['jax_ms'] / 1e6:>8.0f} GFLOP/s"
+    return text + (f" {flops / row['jax_ms'] / 1e7 / peak_tflops:>5.1f} % of peak" if flops and peak_tflops else "")
 
 
 def about(device: str) -> dict:
@@ -276,20 +323,23 @@ def about(device: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="plain-unet", choices=["plain-unet", "resenc-unet"])
+    parser.add_argument("--network", default="plain-unet", choices=["plain-unet", "resenc-unet", "unetr", "swin-unetr"])
     parser.add_argument("--plan", default="hippocampus", choices=PLANS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
     parser.add_argument("--stages", type=int, nargs="*", help="stages of efficiency mode; default all, and the planned patch with batch 2")
+    parser.add_argument("--batch", type=int, help="patches per step; as planned when not given")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each side's turn")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the share of it that is used")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
 
-    plan = PLANS[options.plan]
-    jobs = [*plan.stages(), (plan.patch, 2)]
+    plan = PLANS[options.plan].with_backbone(options.network)
+    if options.batch:
+        plan = plan._replace(batch=options.batch)
+    jobs = [*plan.stages(), *([(plan.patch, 2)] if plan.batch != 2 else [])]
     jobs = [jobs[i] for i in options.stages] if options.stages else jobs
-    pipes = start_sides(SIDES, (plan, options.network, options.device))
+    pipes = start_sides(SIDES, (plan, options.device))
     print(f"{'patch':>12} {'batch':>5} {'pgps_jax':>11} {'PyTorch':>11} {'ratio':>6} {'best':>6} {'compile':>8}")
     rows = []
     for patch, batch in jobs:

@@ -110,8 +110,9 @@ def test_over_a_whole_run_each_stage_compiles_exactly_once(tiny, sessions, mode)
     assert [(r["stage"], r["step"]) for r in timings] == [(s.index, step) for s, step in zip(in_use, first_steps, strict=True)]
     for record in timings:
         (step,) = [r for r in records(folder, "step") if r["step"] == record["step"]]
-        assert 0 < record["first_step_seconds"] <= step["seconds"] + 1e-3, "the step itself, and what waiting for its program took not"
-        assert record["trace_seconds"] > 0 and record["stall_seconds"] >= 0
+        assert record["first_step_seconds"] > 0 and record["trace_seconds"] > 0 and record["stall_seconds"] >= 0
+        if record["stall_seconds"] > 1:
+            assert max(step["seconds"], record["first_step_seconds"]) < record["stall_seconds"], "waiting is no part of a tiny step"
     assert (folder / "train.log").read_text().count(", first step ") == len(in_use)
 
 
