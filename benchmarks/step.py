@@ -26,6 +26,7 @@ from typing import NamedTuple
 RESULTS = Path(__file__).parent / "results"
 
 
+NETWORKS = ("plain-unet", "resenc-unet", "unetr", "swin-unetr")
 TRANSFORMERS = {"unetr": 16, "swin-unetr": 32}  # and the voxels of which their patches are multiples
 
 
@@ -92,8 +93,8 @@ PLANS = {
 }
 
 
-def jax_side(plan: StepPlan, device: str):
-    """(patch, batch) -> (compile seconds, function that runs one step and returns when it is done)."""
+def jax_side(plan: StepPlan, device: str, options: dict | None = None):
+    """(patch, batch) -> (compile seconds, function that runs one step and returns when it is done); `options` for the compiler on top."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other side needs memory of the same device
     import jax
     import jax.numpy as jnp
@@ -132,7 +133,7 @@ def jax_side(plan: StepPlan, device: str):
         state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
         lowered = jax.jit(step, donate_argnums=0).lower(state, image, label)
         start = time.perf_counter()
-        program = lowered.compile(compiler_options=compiler_options(jax.default_backend()))
+        program = lowered.compile(compiler_options=compiler_options(jax.default_backend()) | (options or {}))
         seconds = time.perf_counter() - start
 
         def run():
@@ -263,6 +264,16 @@ def worker(make_side, arguments: tuple, pipe) -> None:
             pipe.send((time.perf_counter() - start) / count)
 
 
+# Dense bfloat16 (on T4 and V100 float16), 1e12 operations per second, from NVIDIA's data sheets; by a part of the device's name.
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "A10": 125,
+               "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65}
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Of a device, when it is a known one."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
+
+
 def start_sides(sides: dict, arguments: tuple) -> dict:
     """One process per side; returns the ends of their pipes."""
     context = multiprocessing.get_context("spawn")
@@ -302,12 +313,12 @@ def compare(pipes: dict, patch, batch: int, options) -> dict:
     }
 
 
-def line(row: dict, flops: float | None, peak_tflops: float | None) -> str:
+def line(row: dict, flops: float | None, peak: float | None) -> str:
     text = (f"{'x'.join(map(str, row['patch'])):>12} {row['batch']:>5} {row['jax_ms']:>8.1f} ms {row['torch_ms']:>8.1f} ms "
             f"{row['ratio']:>6.2f} {row['best_ratio']:>6.2f} {row['compile_s']:>6.1f} s")
     if flops:
         text += f" {flops / row['jax_ms'] / 1e6:>8.0f} GFLOP/s"
-    return text + (f" {flops / row['jax_ms'] / 1e7 / peak_tflops:>5.1f} % of peak" if flops and peak_tflops else "")
+    return text + (f" {flops / row['jax_ms'] / 1e7 / peak:>5.1f} % of peak" if flops and peak else "")
 
 
 def about(device: str) -> dict:
@@ -323,14 +334,14 @@ def about(device: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="plain-unet", choices=["plain-unet", "resenc-unet", "unetr", "swin-unetr"])
+    parser.add_argument("--network", default="plain-unet", choices=NETWORKS)
     parser.add_argument("--plan", default="hippocampus", choices=PLANS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
     parser.add_argument("--stages", type=int, nargs="*", help="stages of efficiency mode; default all, and the planned patch with batch 2")
     parser.add_argument("--batch", type=int, help="patches per step; as planned when not given")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each side's turn")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, for the share of it that is used")
+    parser.add_argument("--peak-tflops", type=float, help="of the device, for the share of it that is used; known for some GPUs")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
 
@@ -339,12 +350,12 @@ def main() -> None:
         plan = plan._replace(batch=options.batch)
     jobs = [*plan.stages(), *([(plan.patch, 2)] if plan.batch != 2 else [])]
     jobs = [jobs[i] for i in options.stages] if options.stages else jobs
-    pipes = start_sides(SIDES, (plan, options.device))
+    pipes, peak = start_sides(SIDES, (plan, options.device)), options.peak_tflops or peak_tflops(about(options.device)["device"])
     print(f"{'patch':>12} {'batch':>5} {'pgps_jax':>11} {'PyTorch':>11} {'ratio':>6} {'best':>6} {'compile':>8}")
     rows = []
     for patch, batch in jobs:
         rows.append(compare(pipes, patch, batch, options))
-        print(line(rows[-1], plan.flops(patch, batch), options.peak_tflops), flush=True)
+        print(line(rows[-1], plan.flops(patch, batch), peak), flush=True)
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             chosen = {"what": __doc__.splitlines()[0], "network": options.network, "plan": options.plan}
