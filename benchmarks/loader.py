@@ -60,8 +60,9 @@ def write_cases(folder: Path, plan: BenchPlan) -> None:
         locations = {k: rng.permutation(voxels)[: max(10_000, len(voxels) // 100)] for k, voxels in locations.items()}
         blocks, chunks = comp_blosc2_params(image.shape, plan.patch, image.itemsize)
         blocks_seg, chunks_seg = comp_blosc2_params(seg.shape, plan.patch, seg.itemsize)
+        properties = {"class_locations": locations, "nibabel_stuff": {"original_affine": np.eye(4)}}
         nnUNetDatasetBlosc2.save_case(
-            image, seg, {"class_locations": locations}, str(folder / f"case_{number:03d}"), chunks=chunks, blocks=blocks,
+            image, seg, properties, str(folder / f"case_{number:03d}"), chunks=chunks, blocks=blocks,
             chunks_seg=chunks_seg, blocks_seg=blocks_seg,
         )
 
