@@ -1,6 +1,6 @@
 """Cost of augmentation inside the compiled step, per preset and patch size, beside nnU-Net's transforms; as JSON.
 
-    python -m benchmarks.augment --output benchmarks/results/augment.json        (--peer needs the extra `bench`)
+    python -m benchmarks.augment --output benchmarks/results/cpu/augment.json        (--peer needs the extra `bench`)
 
 Ours: the compiled `augment` alone, on batches as the host would deliver them. nnU-Net's: its default training
 transforms, sample by sample in one thread, as its workers run them. Times are means over batches with fresh random

@@ -1,6 +1,6 @@
 """Whole trainings, constant patch against the curricula, at equal steps: wall time, voxels, Dice; optionally PyTorch beside them.
 
-    python -m benchmarks.curriculum DATASET --steps 1500 --output benchmarks/results/curriculum_cpu.json
+    python -m benchmarks.curriculum DATASET --steps 1500 --output benchmarks/results/cpu/curriculum.json
     python -m benchmarks.curriculum DATASET --torch            # also nnU-Net's loader, network and step on the same schedules
 
 Every training starts with an empty compile cache in a process of its own, one after the other; seconds are those of the

@@ -1,6 +1,6 @@
 """nnU-Net's predictor and ours on the same weights, volume and cores: seconds, ratio and agreement, as JSON.
 
-    python -m benchmarks.infer --output benchmarks/results/infer.json      (needs the extra `bench`: torch, nnunetv2)
+    python -m benchmarks.infer --output benchmarks/results/cpu/infer.json      (needs the extra `bench`: torch, nnunetv2)
     python -m benchmarks.infer --device gpu                                # the network on GPU: bfloat16 against float16
 
 Two parts: `tiles` is the sliding window with and without mirroring over a network as planned for Hippocampus (random
@@ -214,7 +214,7 @@ def bench_export(num_classes: int, shape: list[int], new_shape: list[int], repea
 def main() -> None:
     """Run all parts, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/infer.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu/infer.json"))
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"], help="of the networks; the export is the host's work")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", type=Path, help="results folder of a model that nnU-Net trained, measured as well")

@@ -1,6 +1,6 @@
 """Predicted against measured memory of the training step at the stages of a curriculum.
 
-    python -m benchmarks.memory --output benchmarks/results/memory_cpu.json
+    python -m benchmarks.memory --output benchmarks/results/cpu/memory.json
     python -m benchmarks.memory --mode performance --features 8      # batches grow as patches shrink; quick
     python -m benchmarks.memory --device gpu --plan 128
 

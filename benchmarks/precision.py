@@ -1,6 +1,6 @@
 """Whether half precision computes what float32 does on this device: convolutions and their gradients.
 
-    python -m benchmarks.precision --output benchmarks/results/precision_gpu.json
+    python -m benchmarks.precision --output benchmarks/results/gpu/precision.json
 
 To be run before anything is timed on a new GPU or cuDNN: some versions return wrong gradients of bfloat16 3D convolutions. Errors are
 relative, ||half - float32|| / ||float32||; exit code 1 when one is above 2 % or no number.
@@ -89,6 +89,7 @@ def main() -> int:
     worst = largest(rows)
     print(f"largest {worst:.4f}, limit {LIMIT}")
     if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         about = {"what": __doc__.splitlines()[0], "device": jax.devices()[0].device_kind, "versions": {"jax": version("jax")}}
         options.output.write_text(json.dumps(about | {"dtype": options.dtype, "largest": worst, "rows": rows}, indent=1) + "\n")
     return int(not is_right(worst))

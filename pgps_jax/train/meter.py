@@ -14,7 +14,7 @@ from pgps_jax.train.health import NotFinite, memory_errors_of
 from pgps_jax.train.step import StepMetrics, ValidationCounts
 
 EMA_KEEP = 0.9  # nnU-Net's moving average of the pseudo-Dice: 0.9 old + 0.1 new
-STEPS_BEFORE_FORECAST = 4  # the first ones of a stage are not typical
+STEPS_BEFORE_FORECAST = 10  # beside the first ones other programs are often still compiled, which doubles their time
 
 
 class Meter:
