@@ -122,7 +122,7 @@ def main() -> int:
             continue
         output = folder / f"{name}.json"
         output.unlink(missing_ok=True)  # results of an earlier time are not those of this one
-        module, *rest = (str(output) if a == "{}" else a for a in part.arguments)
+        module, *rest = (os.path.relpath(output) if a == "{}" else a for a in part.arguments)
         print(f"\n{name}: python -m benchmarks.{module} {' '.join(rest)}", flush=True)
         began = time.perf_counter()
         code = finish([sys.executable, "-m", f"benchmarks.{module}", *rest], options.minutes or part.minutes)
